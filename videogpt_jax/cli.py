@@ -1,0 +1,48 @@
+"""The edge of every command: parse flags, run, turn `InputError` into one clear line."""
+
+from collections.abc import Callable, Sequence
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from videogpt_jax.errors import InputError
+
+USER_ERROR_STATUS = 2
+
+
+def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
+  """Parses the absl flags in `argv` (default: the process's) and runs `main`.
+
+  Exits with status 2 and no traceback after an `InputError` or a flag that does
+  not parse; positional arguments are refused, since no command takes any.
+  """
+
+  def guarded(args: Sequence[str]) -> None:
+    if len(args) > 1:
+      raise InputError(f"unexpected argument {args[1]!r}; options start with `--` (see --help)")
+    if flags.FLAGS["verbosity"].using_default_value:
+      logging.set_verbosity(logging.WARNING)  # absl's default would show all that orbax does
+    main()
+
+  try:
+    app.run(guarded, argv=list(argv) if argv is not None else None, flags_parser=_parse)
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(USER_ERROR_STATUS)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  try:
+    return flags.FLAGS(list(argv))
+  except (flags.Error, AttributeError, KeyError) as error:  # unknown leaves of --config
+    raise InputError(_plain(error)) from error
+
+
+def _plain(error: Exception) -> str:
+  """The message without the quotes that KeyError and ml_collections put around it."""
+  text = error.args[0] if error.args else error
+  while isinstance(text, BaseException) and text.args:
+    text = text.args[0]
+  return str(text).replace("\n", "; ")
