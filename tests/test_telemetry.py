@@ -1,0 +1,317 @@
+"""Metrics, pictures, speed and memory of a run against independent readings of each."""
+
+import contextlib
+import io
+import json
+import pathlib
+import re
+import resource
+import struct
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+import psutil
+import pytest
+from tensorboardX.proto import event_pb2
+
+from videogpt_jax import telemetry
+from videogpt_jax.errors import InputError
+
+
+def _lines(workdir: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _crc32c(data: bytes) -> int:
+  crc = 0xFFFFFFFF
+  for byte in data:
+    crc ^= byte
+    for _ in range(8):
+      crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+  return crc ^ 0xFFFFFFFF
+
+
+def _events(workdir: pathlib.Path) -> list[event_pb2.Event]:
+  """Reads event files as TensorBoard does: length, its masked crc, data, its masked crc."""
+
+  def check(data: bytes, stored: int) -> None:
+    crc = _crc32c(data)
+    assert ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF == stored
+
+  found = []
+  for path in sorted((workdir / "tensorboard").iterdir()):
+    assert "tfevents" in path.name
+    data = io.BytesIO(path.read_bytes())
+    while header := data.read(12):
+      check(header[:8], struct.unpack("<I", header[8:])[0])
+      body = data.read(struct.unpack("<Q", header[:8])[0])
+      check(body, struct.unpack("<I", data.read(4))[0])
+      found.append(event_pb2.Event.FromString(body))
+  return found
+
+
+def test_scalars_reach_both_files_at_once(tmp_path):
+  writer = telemetry.Writer(tmp_path)
+  writer.scalars(1, {"loss": 0.5, "lr": np.float32(0.25)})
+  writer.scalars(2, {"loss": 0.125})
+  # nothing is flushed or closed by the test: a kill now must lose nothing
+  assert _lines(tmp_path) == [{"step": 1, "loss": 0.5, "lr": 0.25}, {"step": 2, "loss": 0.125}]
+  seen = [(e.step, v.tag, v.simple_value) for e in _events(tmp_path) for v in e.summary.value]
+  assert seen == [(1, "loss", 0.5), (1, "lr", 0.25), (2, "loss", 0.125)]
+  writer.close()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_file_readable(tmp_path):
+  writer = telemetry.Writer(tmp_path)
+  writer.scalars(1, {"loss": float("nan"), "gnorm": float("inf"), "lr": 1.0})
+  writer.close()
+  text = (tmp_path / "metrics.jsonl").read_text()
+  assert json.loads(text, parse_constant=pytest.fail) == {
+    "step": 1, "loss": None, "gnorm": None, "lr": 1.0
+  }  # fmt: skip
+  values = [v.simple_value for e in _events(tmp_path) for v in e.summary.value]
+  assert np.isnan(values[0]) and np.isinf(values[1])
+
+
+def test_resuming_rewrites_the_tail_and_only_that(tmp_path):
+  writer = telemetry.Writer(tmp_path)
+  for step in range(1, 6):
+    writer.scalars(step, {"loss": step / 7})
+  writer.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 3, "lo')  # a kill in the middle of a line
+  writer = telemetry.Writer(tmp_path, start_step=3)
+  assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
+  writer.scalars(3, {"loss": 30.0})
+  writer.close()
+  assert _lines(tmp_path) == [
+    {"step": 1, "loss": 1 / 7}, {"step": 2, "loss": 2 / 7}, {"step": 3, "loss": 30.0}
+  ]  # fmt: skip
+  starts = [e.step for e in _events(tmp_path) if e.HasField("session_log")]
+  assert starts == [0, 3]
+  assert len(list((tmp_path / "tensorboard").iterdir())) == 2  # none overwritten within a second
+
+
+def test_a_metrics_file_with_another_broken_line_is_refused(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+  with pytest.raises(InputError, match=r"metrics.jsonl, line 2 is not JSON"):
+    telemetry.Writer(tmp_path, start_step=2)
+
+
+def test_a_video_is_a_gif_on_disk_and_in_tensorboard(tmp_path):
+  frames = np.zeros((5, 8, 12, 3), np.uint8)
+  for t in range(5):
+    frames[t, :, 2 * t : 2 * t + 2] = (255, 0, 0)
+  writer = telemetry.Writer(tmp_path)
+  path = writer.video(30, "validation/sample", frames, fps=10.0, scale=2)
+  writer.close()
+  assert path == tmp_path / "videos" / "validation_sample_30.gif"
+  with Image.open(path) as gif:
+    assert (gif.n_frames, gif.size, gif.info["duration"]) == (5, (24, 16), 100)
+    for t in range(5):
+      gif.seek(t)
+      pixels = np.asarray(gif.convert("RGB")).astype(int)[::2, ::2]
+      assert np.abs(pixels - frames[t]).max() < 30
+  (event,) = [e for e in _events(tmp_path) if e.summary.value]
+  (value,) = event.summary.value
+  assert (event.step, value.tag) == (30, "validation/sample")
+  assert (value.image.height, value.image.width) == (16, 24)
+  assert value.image.encoded_image_string == path.read_bytes()
+
+
+def test_an_image_is_a_png_on_disk_and_in_tensorboard(tmp_path):
+  pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+  writer = telemetry.Writer(tmp_path)
+  path = writer.image(7, "mask", pixels)
+  writer.close()
+  np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
+  (event,) = [e for e in _events(tmp_path) if e.summary.value]
+  data = event.summary.value[0].image.encoded_image_string
+  np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(InputError, match=r"cannot write to .*file/run"):
+    telemetry.Writer(tmp_path / "file" / "run")
+
+
+@contextlib.contextmanager
+def _largest_file(size: int):
+  """Stands in for a full disk: the system refuses to write beyond `size` bytes of a file."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_stops_the_run_with_a_clear_message(tmp_path):
+  writer = telemetry.Writer(tmp_path)
+  with _largest_file(2000), pytest.raises(InputError, match=r"cannot write to .*too large"):
+    for step in range(1000):  # a writer that only blocks or loses lines would run through
+      writer.scalars(step, {"loss": 1.0})
+
+
+class Clock:
+  def __init__(self) -> None:
+    self.now = 1000.0
+
+  def __call__(self) -> float:
+    return self.now
+
+
+def test_speed_is_of_the_time_between_log_points():
+  clock = Clock()
+  progress = telemetry.Progress(
+    100, 0, tokens_per_step=50, flops_per_step=3e9, peak_flops=1e12, clock=clock
+  )
+  clock.now += 7  # compilation and the first step
+  progress.start(1)
+  clock.now += 2
+  speed = progress.update(11, wait_seconds=0.5)
+  assert speed["steps_per_s"] == pytest.approx(5)
+  assert speed["tokens_per_s"] == pytest.approx(250)
+  assert speed["mfu"] == pytest.approx(5 * 3e9 / 1e12)
+  assert speed["data_wait"] == pytest.approx(0.25)
+  assert speed["eta_s"] == pytest.approx(89 * 0.2)
+  with progress.paused():
+    clock.now += 6
+  clock.now += 1
+  speed = progress.update(21)
+  assert speed["steps_per_s"] == pytest.approx(10)  # the pause is not slowness
+  assert speed["eta_s"] == pytest.approx(79 * 9 / 20)  # but pauses will come again
+  assert speed["data_wait"] == 0
+
+
+def test_the_line_is_greppable():
+  clock = Clock()
+  progress = telemetry.Progress(
+    2000, 0, tokens_per_step=100, flops_per_step=1e9, peak_flops=1e11, clock=clock
+  )
+  clock.now += 10
+  speed = {**progress.update(120, wait_seconds=0.02), "host_rss_mib": 912.4}
+  line = progress.line(120, {"loss": 0.01234, "gnorm": 0.53, "lr": 1e-3}, speed)
+  assert line == (
+    "step 120/2000   6.0% | loss 0.01234 | gnorm 0.53 | lr 1.00e-03 | 12 steps/s | 1200 tok/s"
+    " | mfu 12% | wait 0.2% | rss 912 MiB | eta 2m37s"
+  )
+
+
+def test_without_a_known_peak_there_is_no_mfu():
+  clock = Clock()
+  progress = telemetry.Progress(10, 0, tokens_per_step=1, flops_per_step=1e9, clock=clock)
+  clock.now += 1
+  speed = progress.update(1)
+  assert "mfu" not in speed
+  assert "mfu" not in progress.line(1, {"loss": float("nan")}, speed)
+  assert "loss nan" in progress.line(1, {"loss": float("nan")}, speed)
+
+
+def test_stopwatch_adds_up_and_starts_again():
+  clock = Clock()
+  watch = telemetry.Stopwatch(clock)
+  for seconds in (1, 2):
+    with watch:
+      clock.now += seconds
+    clock.now += 10
+  assert watch.take() == 3
+  assert watch.take() == 0
+
+
+@pytest.mark.parametrize(
+  ("seconds", "text"),
+  [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (80, "1m20s"), (7500, "2h05m"), (273600, "3d04h"),
+   (float("inf"), "?"), (-3, "0s")],
+)  # fmt: skip
+def test_duration(seconds, text):
+  assert telemetry.duration(seconds) == text
+
+
+def test_memory_is_that_of_this_process_and_its_children():
+  before = telemetry.host_rss_mib()
+  block = np.ones(100 * 2**20, np.uint8)
+  assert 90 < telemetry.host_rss_mib() - before < 140
+  del block
+  assert telemetry.host_rss_mib() - before < 60
+  child = subprocess.Popen(
+    [sys.executable, "-c", "x = b'1' * (300 << 20); print(1, flush=True); input()"],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  )
+  child.stdout.readline()
+  assert 290 < telemetry.host_rss_mib() - before < 400
+  child.communicate(b"\n")
+
+
+def test_peak_memory_stays_and_is_not_inherited():
+  block = np.ones(200 * 2**20, np.uint8)
+  high = psutil.Process().memory_info().rss / 2**20
+  del block
+  assert telemetry.peak_rss_mib() >= 0.98 * high
+  script = "import videogpt_jax.telemetry as t; print(t.peak_rss_mib(), t.host_rss_mib())"
+  peak, now = map(float, subprocess.check_output([sys.executable, "-c", script]).split())
+  assert 0.98 * now <= peak < now + 100  # the kernel counts the two at different moments
+
+
+def test_peak_flops_of_known_and_unknown_devices():
+  class Device:
+    platform = "tpu"
+
+    def __init__(self, kind: str):
+      self.device_kind = kind
+
+  assert telemetry.peak_flops_per_device(Device("TPU v5 lite")) == 197e12
+  assert telemetry.peak_flops_per_device(Device("TPU v5p")) == 459e12
+  assert telemetry.peak_flops_per_device(Device("NVIDIA H100 80GB HBM3")) == 989e12
+  assert telemetry.peak_flops_per_device(Device("NVIDIA H100 PCIe")) == 756e12
+  assert telemetry.peak_flops_per_device(Device("TPU v99")) is None
+
+
+def test_product_rate_agrees_with_numpy():
+  a = np.ones((1024, 1024), np.float32)
+  seconds = []
+  for _ in range(5):
+    begin = time.perf_counter()
+    a @ a
+    seconds.append(time.perf_counter() - begin)
+  numpy_rate = 2 * 1024**3 / min(seconds)
+  ours = telemetry.product_rate(1024)
+  assert numpy_rate / 8 < ours < numpy_rate * 8  # they share the cores with whatever else runs
+  assert telemetry.peak_flops_per_device(jax.devices("cpu")[0]) > 0
+
+
+def _pixels(path: pathlib.Path) -> np.ndarray:
+  return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_loss_curve_shows_train_and_held_out_loss(tmp_path):
+  writer = telemetry.Writer(tmp_path)
+  for step in range(1, 30):
+    writer.scalars(step, {"loss": 1 / step})
+  writer.close()
+  telemetry.plot_losses(tmp_path / "metrics.jsonl", tmp_path / "a.png")
+  writer = telemetry.Writer(tmp_path, start_step=30)
+  writer.scalars(30, {"validation/loss": 0.3})
+  writer.close()
+  telemetry.plot_losses(tmp_path / "metrics.jsonl", tmp_path / "plots" / "b.png")
+  first, second = _pixels(tmp_path / "a.png"), _pixels(tmp_path / "plots" / "b.png")
+  assert first.shape == second.shape and min(first.shape[:2]) > 300
+  blue, orange = np.array([31, 119, 180]), np.array([255, 127, 14])
+  near = lambda image, colour: int((np.abs(image - colour.astype(int)).max(-1) < 20).sum())
+  assert near(first, blue) > 100 and near(first, orange) == 0
+  assert near(second, orange) > 10
+
+
+def test_no_loss_no_plot(tmp_path):
+  with pytest.raises(InputError, match=r"cannot read metrics: .*metrics.jsonl"):
+    telemetry.plot_losses(tmp_path / "metrics.jsonl", tmp_path / "a.png")
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+  with pytest.raises(InputError, match="no value of 'loss'"):
+    telemetry.plot_losses(tmp_path / "metrics.jsonl", tmp_path / "a.png")
+  assert not re.findall("a.png", " ".join(path.name for path in tmp_path.iterdir()))

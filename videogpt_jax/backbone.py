@@ -1,0 +1,204 @@
+"""The Phi-3 block stack: RMSNorm, rotary attention, SwiGLU, layers scanned.
+
+Source: Phi-3 technical report (arXiv 2404.14219) for the shape; RoFormer (2104.09864) for
+the rotary embedding, with halves rotated (j pairs with j + E/2). Projections keep their
+axes (q `[D, H, E]`, kv `[D, 2, G, E]`, o `[H, E, D]`, gate_up `[D, 2, F]`, down `[F, D]`),
+so that a sharding is a choice of axes; layers are stacked in front.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from videogpt_jax import attention
+from videogpt_jax import mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Shape and numerics of the stack.
+
+  Attributes:
+    hidden_size: D.
+    intermediate_size: F.
+    num_layers: layers in the stack.
+    num_heads: H.
+    num_kv_heads: G, divides H.
+    rms_norm_eps: added to the mean square.
+    rope_theta: base of the rotary frequencies.
+    dtype: compute type; parameters stay float32.
+    attention: implementation, see `videogpt_jax.attention`.
+    remat: what the backward pass recomputes: "none" nothing, "dots" all but matrix
+      products, "full" everything inside a layer.
+  """
+
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  rms_norm_eps: float = 1e-5
+  rope_theta: float = 10000.0
+  dtype: Any = jnp.float32
+  attention: str = "auto"
+  remat: str = "none"
+
+  @property
+  def head_size(self) -> int:
+    """E, channels of a head."""
+    return self.hidden_size // self.num_heads
+
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What every layer shares: who sees whom, and where."""
+
+  cos: Float[Array, "B L E2"]
+  sin: Float[Array, "B L E2"]
+  ranks: mask.Ranks
+  block_map: mask.BlockMap | None
+
+
+def rotary_angles(
+    position: Int[Array, "*B L"], head_size: int, theta: float
+) -> tuple[Float[Array, "*B L E2"], Float[Array, "*B L E2"]]:
+  """Cosine and sine of `position * theta^(-2j / E)`, j < E/2, in float32."""
+  frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+  angle = position[..., None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "B L H E"], cos: Float[Array, "B L E2"], sin: Float[Array, "B L E2"]
+) -> Float[Array, "B L H E"]:
+  """Rotates the two halves of each head by the position's angles, in float32."""
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos[:, :, None], sin[:, :, None]
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...],
+           in_axes: int | tuple[int, ...] = 0, *, zeros: bool = False) -> Array:
+  """A weight with logical axis names, normal with variance 1 / fan-in (or zero).
+
+  Args:
+    module: the module that owns it.
+    name: of the parameter.
+    shape: of the parameter.
+    axes: logical names of its axes, see `videogpt_jax.sharding`.
+    in_axes: which axes are summed over when it is used.
+    zeros: start from zero.
+  """
+  in_axes = (in_axes,) if isinstance(in_axes, int) else in_axes
+  out_axes = tuple(i for i in range(len(shape)) if i not in in_axes)
+  init = nn.initializers.zeros_init() if zeros else nn.initializers.variance_scaling(
+      1.0, "fan_in", "normal", in_axis=in_axes, out_axis=out_axes)
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * weight, statistics in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
+    weight_D = self.param("weight", init, (x_BLD.shape[-1],), jnp.float32)
+    x = x_BLD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.config.rms_norm_eps)
+    return (x * weight_D).astype(self.config.dtype)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with rotary positions under the hierarchical mask."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x_BLD: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
+    c = self.config
+    D, H, G, E = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_size
+    w_q = kernel(self, "q", (D, H, E), ("embed", "heads", "head")).astype(c.dtype)
+    w_kv = kernel(self, "kv", (D, 2, G, E), ("embed", "kv", "kv_heads", "head")).astype(c.dtype)
+    w_o = kernel(self, "o", (H, E, D), ("heads", "head", "embed"), (0, 1)).astype(c.dtype)
+    q_BLHE = rotate(jnp.einsum("BLD,DHE->BLHE", x_BLD, w_q), context.cos, context.sin)
+    kv_BL2GE = jnp.einsum("BLD,DKGE->BLKGE", x_BLD, w_kv)
+    k_BLGE = rotate(kv_BL2GE[:, :, 0], context.cos, context.sin)
+    q_BLHE = nn.with_logical_constraint(q_BLHE, ("batch", "length", "heads", "head"))
+    out_BLHE = attention.attend(q_BLHE, k_BLGE, kv_BL2GE[:, :, 1], context.ranks, context.ranks,
+                                context.block_map, implementation=c.attention)
+    return jnp.einsum("BLHE,HED->BLD", out_BLHE, w_o)
+
+
+class MLP(nn.Module):
+  """SwiGLU: down(silu(gate) * up) (Shazeer, arXiv 2002.05202)."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    c = self.config
+    D, F = c.hidden_size, c.intermediate_size
+    w_gate_up = kernel(self, "gate_up", (D, 2, F), ("embed", "gate_up", "mlp")).astype(c.dtype)
+    w_down = kernel(self, "down", (F, D), ("mlp", "embed")).astype(c.dtype)
+    hidden_BL2F = jnp.einsum("BLD,DKF->BLKF", x_BLD, w_gate_up)
+    return jnp.einsum("BLF,FD->BLD", nn.silu(hidden_BL2F[:, :, 0]) * hidden_BL2F[:, :, 1], w_down)
+
+
+class Layer(nn.Module):
+  """Pre-norm residual attention and MLP; returns its output twice, for scan and capture."""
+
+  config: Config
+  capture: bool = False
+
+  @nn.compact
+  def __call__(self, x_BLD: Float[Array, "B L D"], context: Context) -> tuple[Array, Any]:
+    x_BLD = x_BLD + Attention(self.config, name="attention")(
+        RMSNorm(self.config, name="attention_norm")(x_BLD), context)
+    x_BLD = x_BLD + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x_BLD))
+    x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "embed"))
+    return x_BLD, (x_BLD if self.capture else None)
+
+
+class Backbone(nn.Module):
+  """The stack with its final norm."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(
+      self, x_BLD: Float[Array, "B L D"], context: Context, capture: tuple[int, ...] = ()
+  ) -> tuple[Float[Array, "B L D"], dict[int, Float[Array, "B L D"]]]:
+    """Runs all layers.
+
+    Args:
+      x_BLD: embedded tokens.
+      context: shared by all layers.
+      capture: indices of layers whose outputs are wanted too.
+
+    Returns:
+      The normalised output, and the captured outputs by layer index.
+    """
+    c = self.config
+    layer = Layer
+    if c.remat != "none":
+      layer = nn.remat(Layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+    stack = nn.scan(layer, length=c.num_layers, variable_axes={"params": 0},
+                    split_rngs={"params": True}, in_axes=nn.broadcast,
+                    metadata_params={nn.PARTITION_NAME: "layers"})
+    x_BLD, outputs = stack(c, capture=bool(capture), name="layers")(x_BLD, context)
+    return RMSNorm(c, name="norm")(x_BLD), {i: outputs[i] for i in capture}

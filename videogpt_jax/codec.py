@@ -1,0 +1,122 @@
+"""Codecs: frames to latents and back, behind one small interface.
+
+A data set stores what `encode` returns (for a VAE the unscaled posterior mean, for
+pixels the bytes themselves). The model sees `normalize(latents)` only; `denormalize`
+and `decode` lead back to frames. A codec is described by the JSON-able dict of
+`spec()`, which stands in a data set's metadata and beside exported weights.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from videogpt_jax.errors import InputError
+
+
+class Codec(Protocol):
+  """Frames `uint8 [..., H, W, 3]` to stored latents `[..., h, w, C]` and back."""
+
+  @property
+  def downsample(self) -> int:
+    """Pixels per latent cell, along each side."""
+
+  @property
+  def channels(self) -> int:
+    """Channels C of a latent."""
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Type of the stored latents."""
+
+  def encode(self, frames: np.ndarray) -> np.ndarray:
+    """Frames `uint8 [..., H, W, 3]` to stored (unscaled) latents `[..., h, w, C]`."""
+
+  def decode(self, latents: np.ndarray) -> np.ndarray:
+    """Unscaled latents `[..., h, w, C]` (stored or predicted) to frames `uint8 [..., H, W, 3]`."""
+
+  def normalize(self, latents: jax.Array) -> jax.Array:
+    """Stored latents to what the model sees, float32; runs on the device."""
+
+  def denormalize(self, latents: jax.Array) -> jax.Array:
+    """The inverse of `normalize`, without rounding."""
+
+  def spec(self) -> dict[str, Any]:
+    """A JSON-able description from which `from_spec` builds the same codec."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+  """Pixels as latents, `block` x `block` of them folded into channels (space-to-depth).
+
+  Stored as the bytes themselves; the model sees `(byte / 255 - shift) * scale`.
+  """
+
+  block: int = 1
+  scale: float = 2.0
+  shift: float = 0.5
+
+  def __post_init__(self) -> None:
+    if self.block < 1:
+      raise InputError(f"codec.block must be at least 1, got {self.block}")
+    if not self.scale > 0:
+      raise InputError(f"codec.scale must be positive, got {self.scale}")
+
+  @property
+  def downsample(self) -> int:
+    return self.block
+
+  @property
+  def channels(self) -> int:
+    return 3 * self.block**2
+
+  @property
+  def dtype(self) -> np.dtype:
+    return np.dtype(np.uint8)
+
+  def encode(self, frames: np.ndarray) -> np.ndarray:
+    """Folds pixels into channels; see `Codec.encode`. Raises `InputError` on odd sizes."""
+    *lead, height, width, colours = frames.shape
+    b = self.block
+    if height % b or width % b:
+      raise InputError(f"frames of {height}x{width} px do not divide into {b}x{b} px blocks")
+    x = frames.reshape(*lead, height // b, b, width // b, b, colours)
+    return np.moveaxis(x, -4, -3).reshape(*lead, height // b, width // b, b * b * colours)
+
+  def decode(self, latents: np.ndarray) -> np.ndarray:
+    """Unfolds channels into pixels, rounds and clips; see `Codec.decode`."""
+    *lead, h, w, _ = latents.shape
+    b = self.block
+    x = np.asarray(latents).reshape(*lead, h, w, b, b, 3)
+    x = np.moveaxis(x, -3, -4).reshape(*lead, h * b, w * b, 3)
+    return x if x.dtype == np.uint8 else np.clip(np.rint(x), 0, 255).astype(np.uint8)
+
+  def normalize(self, latents: jax.Array) -> jax.Array:
+    return (jnp.asarray(latents, jnp.float32) / 255.0 - self.shift) * self.scale
+
+  def denormalize(self, latents: jax.Array) -> jax.Array:
+    return (jnp.asarray(latents, jnp.float32) / self.scale + self.shift) * 255.0
+
+  def spec(self) -> dict[str, Any]:
+    return {"id": "pixels", **dataclasses.asdict(self)}
+
+
+_CODECS = {"pixels": Pixels}
+
+
+def from_spec(spec: dict[str, Any]) -> Codec:
+  """The codec that `spec` (a dict with an `id` and the codec's own settings) describes.
+
+  Raises:
+    InputError: unknown id or setting.
+  """
+  settings = dict(spec)
+  name = settings.pop("id", None)
+  if name not in _CODECS:
+    raise InputError(f"unknown codec {name!r}; known: {', '.join(sorted(_CODECS))}")
+  try:
+    return _CODECS[name](**settings)
+  except TypeError as error:
+    raise InputError(f"codec {name!r}: {error}") from error

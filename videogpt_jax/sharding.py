@@ -1,0 +1,82 @@
+"""The device mesh, and one table from logical axis names to mesh axes.
+
+Parameters and activations name their axes by meaning (`embed`, `heads`, `batch`, ...);
+only this table says which of them are split over which mesh axis. Code that runs under
+`jax.set_mesh` and `logical_rules()` is sharded; without them everything is on one device.
+"""
+
+from collections.abc import Mapping
+import contextlib
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from videogpt_jax.errors import InputError
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Logical axis -> mesh axes; an axis that is not here, or None, is not split.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+  ("batch", BATCH_AXES),
+  ("length", "sequence"),
+  ("embed", "fsdp"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("mlp", "tensor"),
+)
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+  """A mesh of all devices; at most one size may be -1 and takes what is left.
+
+  Raises:
+    InputError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.device_count()
+  shape = [int(sizes[axis]) for axis in AXES]
+  known = math.prod(size for size in shape if size != -1)
+  if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+    raise InputError(f"mesh sizes must be positive, one of them may be -1; got {dict(sizes)}")
+  shape = [devices // known if size == -1 else size for size in shape]
+  if math.prod(shape) != devices:
+    raise InputError(
+      f"a mesh of {' x '.join(f'{a}={n}' for a, n in zip(AXES, shape, strict=True))} needs "
+      f"{math.prod(shape)} devices, there are {devices}"
+    )
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh):
+  """Traces what runs inside for `mesh`, with the table above."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield
+
+
+def batch_shards() -> int:
+  """Over how many devices the batch is split in the mesh in use; 1 without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+  """Sharding of arrays whose leading axis is the batch."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Sharding of arrays that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def of_tree(mesh: Mesh, abstract: Any) -> Any:
+  """Shardings for an abstract tree whose leaves may be boxed with logical axis names."""
+  specs = nn.get_partition_spec(abstract)
+  return nn.logical_to_mesh_sharding(specs, mesh, RULES)
