@@ -9,8 +9,8 @@ import pathlib
 import numpy as np
 from safetensors import numpy as safetensors
 
-from videogpt_jax import convert
 from videogpt_jax import model
+from videogpt_jax import published
 
 TOLERANCE = 1e-4
 FOLDER = pathlib.Path(os.environ.get("VIDEOGPT_GOLDEN",
@@ -39,9 +39,9 @@ def case(name: str, key: str) -> dict[str, np.ndarray]:
 def load_model(name: str) -> tuple[model.Config, dict]:
   """A tiny published model: settings and parameters."""
   settings = json.loads((FOLDER / f"model_{name}_config.json").read_text())
-  config = convert.model_config(settings)
+  config = published.model_config(settings)
   tensors = safetensors.load_file(FOLDER / f"model_{name}.safetensors")
-  return config, convert.from_published(tensors, config)
+  return config, published.from_published(tensors, config)
 
 
 def channels_last(x: np.ndarray) -> np.ndarray:

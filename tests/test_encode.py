@@ -327,6 +327,9 @@ def test_held_out_files_are_chosen_by_name(tmp_path):
   for fraction in (0.001, 0.999):  # both splits get one of two videos
     config.data.validation_fraction = fraction
     assert [clips.find(config).count(split) for split in clips.SPLITS] == [1, 1]
+    (folder / "0.mp4").rename(tmp_path / "0.mp4")
+    assert [clips.find(config).count(split) for split in clips.SPLITS] == [1, 0]
+    (tmp_path / "0.mp4").rename(folder / "0.mp4")
 
 
 # Bad input
@@ -361,6 +364,15 @@ def test_settings_that_fit_no_video(tmp_path, leaf, value, message):
   with pytest.raises(InputError, match=message):
     encode.encode(config, out=tmp_path / "set")
   assert not (tmp_path / "set").exists()
+
+
+def test_settings_that_fit_no_file(tmp_path):
+  config = _video_config(tmp_path, frames=8)
+  with pytest.raises(InputError, match="video files have no object masks"):
+    encode.encode(config, out=tmp_path / "set", masks=True)
+  config.data.max_frames = 7
+  with pytest.raises(InputError, match=r"data.max_frames=7 cuts every video too short.* need 8"):
+    encode.encode(config, out=tmp_path / "set")
 
 
 def test_frames_that_do_not_divide_into_latents(tmp_path):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import golden_videogpt as golden
-from videogpt_jax import convert
 from videogpt_jax import flow
 from videogpt_jax import layout
 from videogpt_jax import model
+from videogpt_jax import published
 from videogpt_jax import rollout
 
 _TRAINING = [c for c in golden.index("forward_train_index") if c["model"] in ("a", "gqa")]
@@ -60,11 +60,11 @@ def test_golden_training_forward_and_gradients(spec, implementation):
   golden.assert_close(np.asarray(x1)[valid], golden.channels_last(case["pred"]))
   golden.assert_close(np.asarray(aux["frame_loss"])[valid], case["loss_per_frame"])
   golden.assert_close(loss, case["loss"])
-  published = convert.to_published(grads, config)
+  tensors = published.to_published(grads, config)
   names = [name.removeprefix("grad/") for name in case if name.startswith("grad/")]
   assert names
   for name in names:
-    golden.assert_close(published[name], case[f"grad/{name}"])
+    golden.assert_close(tensors[name], case[f"grad/{name}"])
 
 
 @pytest.mark.parametrize("spec", _SAMPLER, ids=lambda c: c["case"])

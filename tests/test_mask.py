@@ -101,7 +101,7 @@ def _training_cases():
     yield spec["key"], spec["frame_blocks"]
 
 
-@pytest.mark.parametrize("key,rows", _training_cases(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("key,rows", list(_training_cases()), ids=str)
 def test_golden_training_masks_and_positions(key, rows):
   case = golden.case("masks_train", key)
   for row, lengths in enumerate(rows):

@@ -7,6 +7,7 @@ so that a sharding is a choice of axes; layers are stacked in front.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -80,6 +81,12 @@ def rotary_angles(
   return jnp.cos(angle), jnp.sin(angle)
 
 
+# Elementwise chains are cheaper to compute again than to keep: without this the backward pass
+# would store every intermediate result of them, in float32.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recomputed
 def rotate(
     x: Float[Array, "B L H E"], cos: Float[Array, "B L E2"], sin: Float[Array, "B L E2"]
 ) -> Float[Array, "B L H E"]:
@@ -88,6 +95,22 @@ def rotate(
   cos, sin = cos[:, :, None], sin[:, :, None]
   turned = [first * cos - second * sin, second * cos + first * sin]
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+@_recomputed
+def swiglu(gate: Float[Array, "B L F"], up: Float[Array, "B L F"]) -> Float[Array, "B L F"]:
+  """silu(gate) * up."""
+  return nn.silu(gate) * up
+
+
+@functools.partial(_recomputed, static_argnums=(2, 3))
+def rms_norm(
+    x: Float[Array, "B L D"], weight: Float[Array, "D"], epsilon: float, dtype: Any
+) -> Float[Array, "B L D"]:
+  """x / rms(x) * weight, statistics in float32, as `dtype`."""
+  x = x.astype(jnp.float32)
+  x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + epsilon)
+  return (x * weight).astype(dtype)
 
 
 def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...],
@@ -106,21 +129,20 @@ def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
   out_axes = tuple(i for i in range(len(shape)) if i not in in_axes)
   init = nn.initializers.zeros_init() if zeros else nn.initializers.variance_scaling(
       1.0, "fan_in", "normal", in_axis=in_axes, out_axis=out_axes)
-  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+  named: Any = nn.with_logical_partitioning(init, axes)
+  return module.param(name, named, shape, jnp.float32)
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * weight, statistics in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+  """Root mean square layer norm (Zhang and Sennrich, arXiv 1910.07467)."""
 
   config: Config
 
   @nn.compact
   def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
+    init: Any = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
     weight_D = self.param("weight", init, (x_BLD.shape[-1],), jnp.float32)
-    x = x_BLD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.config.rms_norm_eps)
-    return (x * weight_D).astype(self.config.dtype)
+    return rms_norm(x_BLD, weight_D, self.config.rms_norm_eps, self.config.dtype)
 
 
 class Attention(nn.Module):
@@ -136,10 +158,10 @@ class Attention(nn.Module):
     w_kv = kernel(self, "kv", (D, 2, G, E), ("embed", "kv", "kv_heads", "head")).astype(c.dtype)
     w_o = kernel(self, "o", (H, E, D), ("heads", "head", "embed"), (0, 1)).astype(c.dtype)
     q_BLHE = rotate(jnp.einsum("BLD,DHE->BLHE", x_BLD, w_q), context.cos, context.sin)
-    kv_BL2GE = jnp.einsum("BLD,DKGE->BLKGE", x_BLD, w_kv)
-    k_BLGE = rotate(kv_BL2GE[:, :, 0], context.cos, context.sin)
+    k_BLGE = rotate(jnp.einsum("BLD,DGE->BLGE", x_BLD, w_kv[:, 0]), context.cos, context.sin)
+    v_BLGE = jnp.einsum("BLD,DGE->BLGE", x_BLD, w_kv[:, 1])
     q_BLHE = nn.with_logical_constraint(q_BLHE, ("batch", "length", "heads", "head"))
-    out_BLHE = attention.attend(q_BLHE, k_BLGE, kv_BL2GE[:, :, 1], context.ranks, context.ranks,
+    out_BLHE = attention.attend(q_BLHE, k_BLGE, v_BLGE, context.ranks, context.ranks,
                                 context.block_map, implementation=c.attention)
     return jnp.einsum("BLHE,HED->BLD", out_BLHE, w_o)
 
@@ -155,8 +177,10 @@ class MLP(nn.Module):
     D, F = c.hidden_size, c.intermediate_size
     w_gate_up = kernel(self, "gate_up", (D, 2, F), ("embed", "gate_up", "mlp")).astype(c.dtype)
     w_down = kernel(self, "down", (F, D), ("mlp", "embed")).astype(c.dtype)
-    hidden_BL2F = jnp.einsum("BLD,DKF->BLKF", x_BLD, w_gate_up)
-    return jnp.einsum("BLF,FD->BLD", nn.silu(hidden_BL2F[:, :, 0]) * hidden_BL2F[:, :, 1], w_down)
+    # Two products: slicing their joint result would pad its gradient, which is far larger.
+    gate_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, w_gate_up[:, 0])
+    up_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, w_gate_up[:, 1])
+    return jnp.einsum("BLF,FD->BLD", swiglu(gate_BLF, up_BLF), w_down)
 
 
 class Layer(nn.Module):

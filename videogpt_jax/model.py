@@ -116,8 +116,8 @@ class PatchEmbed(nn.Module):
   def __call__(self, frames: Float[Array, "B N h w C"]) -> Float[Array, "B N P D"]:
     c = self.config
     D, p = c.backbone.hidden_size, c.patch_size
-    w = backbone.kernel(self, "kernel", (p, p, c.channels, D), ("patch_y", "patch_x", "channel", "embed"),
-                        (0, 1, 2))
+    axes = ("patch_y", "patch_x", "channel", "embed")
+    w = backbone.kernel(self, "kernel", (p, p, c.channels, D), axes, (0, 1, 2))
     bias = _bias(self, "bias", (D,), ("embed",))
     x = einops.rearrange(frames, "B N (y p) (x q) C -> B N (y x) p q C", p=p, q=p)
     x = jnp.einsum("BNPpqC,pqCD->BNPD", x.astype(c.backbone.dtype), w.astype(c.backbone.dtype))
@@ -151,8 +151,8 @@ class FinalLayer(nn.Module):
   ) -> Float[Array, "B N P O"]:
     c = self.config
     D, size = c.backbone.hidden_size, c.patch_size**2 * c.channels
-    w_mod = backbone.kernel(self, "modulation_kernel", (D, 2, D), ("embed", "shift_scale", "embed_out"),
-                            zeros=True)
+    w_mod = backbone.kernel(self, "modulation_kernel", (D, 2, D),
+                            ("embed", "shift_scale", "embed_out"), zeros=True)
     b_mod = _bias(self, "modulation_bias", (2, D), ("shift_scale", "embed_out"))
     w_out = backbone.kernel(self, "kernel", (D, size), ("embed", "patch_out"), zeros=True)
     modulation = jnp.einsum("BND,DKE->BNKE", nn.silu(time_BND), w_mod) + b_mod
@@ -220,8 +220,8 @@ class VideoGPT(nn.Module):
     """Markers, time and patches of every block, clean ones first."""
     c = self.config
     D = c.backbone.hidden_size
-    init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
-    table_VD = self.param("embed_tokens", init, (c.vocab_size, D), jnp.float32)
+    init: Any = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+    table_VD: Array = self.param("embed_tokens", init, (c.vocab_size, D), jnp.float32)
     table_VD = table_VD.astype(c.backbone.dtype)
     marker = lambda row, frames: jnp.broadcast_to(table_VD[row], (*frames.shape[:2], 1, D))
     clean_BNPD = PatchEmbed(c, name="input_x_embedder")(clean)
@@ -231,6 +231,19 @@ class VideoGPT(nn.Module):
         jnp.concatenate([marker(c.img_id, clean), clean_BNPD, marker(c.end_img_id, clean)], axis=2),
         jnp.concatenate([marker(c.diff_id, noisy), time_BND[:, :, None], noisy_BNPD], axis=2),
     ], axis=1)
+
+
+def predict(
+    config: Config,
+    params: Any,
+    clean: Float[Array, "B Nc h w C"],
+    noisy: Float[Array, "B Nn h w C"],
+    t: Float[Array, "B Nn"],
+    blocks: layout.FrameBlocks,
+) -> Float[Array, "B Nn h w C"]:
+  """The predicted clean latents alone; see `VideoGPT.__call__`."""
+  out: Any = VideoGPT(config).apply({"params": params}, clean, noisy, t, blocks)
+  return out.x1
 
 
 def abstract_params(config: Config) -> dict[str, Any]:

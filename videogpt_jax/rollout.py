@@ -42,12 +42,11 @@ def denoise_clip(
 ) -> Float[Array, "B g h w C"]:
   """Denoises one clip of g frames from `noise`, given the clean `history` (may be empty)."""
   batch, generated = noise.shape[:2]
-  network = model.VideoGPT(config)
 
   def predict(z: Array, t: Array, past: Array) -> Array:
     blocks = layout.prediction(past.shape[1], generated, batch)
     times = jnp.full((batch, generated), t)
-    return network.apply({"params": params}, past, z, times, blocks).x1
+    return model.predict(config, params, past, z, times, blocks)
 
   def step(z: Array, times: tuple[Array, Array]) -> tuple[Array, None]:
     t, t_next = times

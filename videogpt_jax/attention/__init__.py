@@ -88,7 +88,8 @@ def attend(
   run = xla.attend
   if sharding.batch_shards() > 1:
     # Every device has a worklist of its own samples: a loop over a global one would gather.
-    rows, heads = PartitionSpec(sharding.BATCH_AXES), PartitionSpec(sharding.BATCH_AXES, None, "tensor")
+    rows = PartitionSpec(sharding.BATCH_AXES)
+    heads = PartitionSpec(sharding.BATCH_AXES, None, "tensor")
     run = jax.shard_map(run, in_specs=(heads, heads, heads, rows, rows, rows), out_specs=heads,
                         check_vma=False)
   return run(q, k, v, ranks_q, ranks_k, block_map)

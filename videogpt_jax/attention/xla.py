@@ -124,12 +124,12 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
 
 
 def _block(x: Array, b: Array, i: Array, size: int) -> Array:
-  start = (b, *[0] * (x.ndim - 3), i * size, 0)
+  start: list[Any] = [b, *[0] * (x.ndim - 3), i * size, 0]
   return lax.dynamic_slice(x, start, (1, *x.shape[1:-2], size, x.shape[-1]))[0]
 
 
 def _row_block(x: Array, b: Array, i: Array, size: int) -> Array:
-  start = (b, *[0] * (x.ndim - 2), i * size)
+  start: list[Any] = [b, *[0] * (x.ndim - 2), i * size]
   return lax.dynamic_slice(x, start, (1, *x.shape[1:-1], size))[0]
 
 

@@ -1,0 +1,44 @@
+"""The simulated physics world at 64x64: 2 to 4 objects that fall, bounce and collide.
+
+    python -m videogpt_jax.encode --config=configs/world.py
+    python -m videogpt_jax.main --config=configs/world.py --workdir=runs/world
+    python -m videogpt_jax.evaluate --checkpoint=runs/world
+"""
+
+from videogpt_jax import config as config_lib
+
+
+def get_config():
+  c = config_lib.default()
+  c.name = "world"
+  c.data.path = "data/world"
+  c.data.source = "world"
+  c.data.height = c.data.width = 64
+  c.data.frames = 16
+  c.data.train_videos = 20_000
+  c.data.validation_videos = 256
+  c.codec.block = 8  # with patches of 2x2 cells, a frame is 16 patches of 16x16 px
+  c.codec.shift = 0.08  # about the background
+  c.codec.scale = 2.0
+
+  c.world.size = 64
+  c.world.frames = 16
+  c.world.objects = (2, 4)
+  c.world.radius = (4.0, 8.0)
+  c.world.speed = (0.9, 1.4)
+  c.world.gravity = 0.04
+
+  c.model.hidden_size = 192
+  c.model.intermediate_size = 512
+  c.model.num_layers = 6
+  c.model.num_heads = c.model.num_kv_heads = 4
+
+  c.clips.partition = "continuation"
+  c.sample.history = 4
+  c.sample.clip_frames = 12
+  c.train.steps = 10_000
+  c.train.batch_size = 8
+  c.train.ema_decay = 0.999
+  c.optimizer.learning_rate = 2e-3
+  c.optimizer.warmup_steps = 100
+  return c

@@ -1,0 +1,406 @@
+"""Checkpoints: saved while training goes on, found again whole or not at all.
+
+A checkpoint is the folder WORKDIR/checkpoints/STEP, written by orbax under a temporary
+name and renamed when complete. It holds `state` (nested dicts of arrays), `extra` (JSON:
+configuration and data fingerprint) and `checksums.json`, by which a checkpoint damaged
+after it was written is told from a whole one before anything is restored from it.
+"""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import json
+import logging as std_logging
+import pathlib
+import shutil
+from typing import Any, Literal
+import zlib
+
+from absl import logging
+from etils import epath
+from flax import serialization
+from flax import traverse_util
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from videogpt_jax.errors import InputError
+
+PyTree = Any
+
+FOLDER = "checkpoints"
+_STATE = "state"
+_EXTRA = "extra"
+_CHECKSUMS = "checksums.json"
+_ORBAX_METADATA = "_CHECKPOINT_METADATA"
+_DAMAGED = "damaged-"
+
+# Leaves of `config.model` that change how the model is computed, not what it is.
+_HOW_ONLY = frozenset({"dtype", "attention", "remat"})
+
+
+class Checkpoints:
+  """The checkpoints of one run, newest first in everything.
+
+  Opening the folder removes what a killed save left behind. If the newest checkpoint is
+  damaged, a warning says why, it is renamed to `damaged-STEP` and the one before counts as
+  the newest. All processes of a multi-host run make the same calls in the same order.
+
+  Raises:
+    InputError: the folder cannot be made, or it holds checkpoints and none is whole
+      (so that a run never starts from scratch over a run that was).
+  """
+
+  def __init__(self, workdir: str | pathlib.Path, *, keep: int, save_every: int):
+    if keep < 1 or save_every < 1:
+      raise InputError(
+        f"checkpoint.keep ({keep}) and checkpoint.every ({save_every}) must be at least 1"
+      )
+    self.directory = pathlib.Path(workdir).absolute() / FOLDER
+    self._save_every = save_every
+    self._saving: int | None = None
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      self._latest = _set_aside_damaged(self.directory)
+      self._manager = self._open_manager(keep)
+    except OSError as error:
+      raise InputError(f"cannot write checkpoints to {self.directory}: {error}") from error
+
+  def _open_manager(self, keep: int) -> ocp.CheckpointManager:
+    std_logging.getLogger("absl").addFilter(_not_an_orbax_error)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      cleanup_tmp_directories=True,
+      lightweight_initialize=True,
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+    )
+    return ocp.CheckpointManager(
+      self.directory,
+      item_names=(_STATE, _EXTRA),
+      item_handlers={
+        _STATE: ocp.StandardCheckpointHandler(),
+        _EXTRA: ocp.JsonCheckpointHandler(),
+      },
+      options=options,
+    )
+
+  def due(self, step: int) -> bool:
+    """Whether the cadence asks for a checkpoint after `step` finished steps."""
+    return step % self._save_every == 0
+
+  def latest_step(self) -> int | None:
+    """The newest whole checkpoint, finished saves of this process included."""
+    return self._latest
+
+  def save(
+    self, step: int, state: PyTree, extra: Mapping[str, Any], *, wait: bool = False
+  ) -> None:
+    """Saves in the background what `state` holds now; its buffers may be donated at once.
+
+    Does nothing if the newest checkpoint is of this step already.
+
+    Args:
+      step: number of finished steps.
+      state: any pytree of arrays that `flax.serialization` turns into nested dicts.
+      extra: JSON-able; `config` and `fingerprint` are what `compare` looks at.
+      wait: return only when the checkpoint is whole on disk.
+
+    Raises:
+      InputError: this save, or the one before it, could not be written (disk full, no
+        permission). Older checkpoints stay whole.
+    """
+    self.wait()
+    if step == self._latest:
+      return
+    self._saving = step
+    args = ocp.args.Composite(
+      **{
+        _STATE: ocp.args.StandardSave(serialization.to_state_dict(state)),
+        _EXTRA: ocp.args.JsonSave(dict(extra)),
+      }
+    )
+    with self._write_errors():
+      self._manager.save(step, args=args, force=True)
+    if wait:
+      self.wait()
+
+  def check(self) -> None:
+    """Raises the `InputError` of a background save that failed; never waits."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits until a save under way is whole on disk. Raises `InputError` if it failed."""
+    with self._write_errors():
+      self._manager.wait_until_finished()
+    if self._saving is not None:
+      self._latest, self._saving = self._saving, None
+
+  def close(self) -> None:
+    """Waits for a save under way and frees threads. Raises `InputError` as `wait` does."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def latest_extra(self) -> dict[str, Any] | None:
+    """The `extra` of the newest whole checkpoint (tuples come back as lists), or None."""
+    return None if self._latest is None else _read_extra(self.directory / str(self._latest))
+
+  def restore(self, target: PyTree) -> tuple[int, PyTree] | None:
+    """The newest whole checkpoint as (step, state), or None if there is none.
+
+    Args:
+      target: the tree to fill: arrays, or `jax.ShapeDtypeStruct`s whose shardings say
+        where each leaf goes (no sharding: the first device). The devices may differ in
+        number and arrangement from those that saved.
+
+    Raises:
+      InputError: names, shapes or types of the leaves differ from those saved.
+    """
+    self.wait()
+    if self._latest is None:
+      return None
+    folder = self.directory / str(self._latest)
+    wanted = jax.tree.map(_abstract, serialization.to_state_dict(target))
+    differences = _leaf_differences(wanted, _saved_tree(folder))
+    if differences:
+      raise InputError(
+        f"the checkpoint {folder} does not fit this configuration:\n  "
+        + "\n  ".join(_first(differences))
+        + "\nuse the configuration it was saved with, or another workdir"
+      )
+    restored = self._manager.restore(
+      self._latest, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(wanted)})
+    )
+    return self._latest, serialization.from_state_dict(target, restored[_STATE])
+
+  def _write_checksums(self) -> None:
+    """Runs in orbax's thread when all files are complete, just before the rename."""
+    if jax.process_index() != 0:
+      return
+    final = self.directory / str(self._saving)
+    temporary = sorted(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+    folder = temporary[-1] if temporary else final
+    sums = {}
+    for item in (_STATE, _EXTRA):
+      for path in sorted((folder / item).rglob("*")):
+        if path.is_file():
+          sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc32(path)]
+    (folder / _CHECKSUMS).write_text(json.dumps(sums))
+
+  @contextlib.contextmanager
+  def _write_errors(self) -> Iterator[None]:
+    """Turns failures to write into one clear `InputError`; anything else passes through."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      # tensorstore reports what the system refused as a ValueError with the code in it.
+      if not isinstance(error, OSError) and "os_error_code=" not in str(error):
+        raise
+      failed, self._saving = self._saving, None
+      last = "there is no older one" if self._latest is None else f"step {self._latest} is whole"
+      raise InputError(
+        f"the checkpoint of step {failed} could not be written to {self.directory} ({last}): "
+        f"{_reason(error)}; free some space or mend the folder, then run the same command again"
+      ) from error
+
+
+def compare(now: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+  """What forbids a run with `now` to resume a checkpoint saved with `saved`.
+
+  Args:
+    now: the `extra` that this run would save: `config` (nested dict) and `fingerprint`.
+    saved: the `extra` of the checkpoint (`Checkpoints.latest_extra`).
+
+  Returns:
+    One line for each difference in the model, the codec or the data; empty if none.
+    Settings that only change how a model is computed, and all others (steps, learning
+    rate, ...), may differ, and so may settings that one side does not know.
+  """
+  differences = []
+  for section in ("model", "codec"):
+    ours = _leaves(now["config"].get(section, {}))
+    theirs = _leaves(saved["config"].get(section, {}))
+    for name in sorted(ours.keys() & theirs.keys()):
+      if section == "model" and name in _HOW_ONLY:
+        continue
+      if _plain(ours[name]) != _plain(theirs[name]):
+        differences.append(
+          f"config.{section}.{name} is {ours[name]!r}, in the checkpoint {theirs[name]!r}"
+        )
+  if now.get("fingerprint") != saved.get("fingerprint"):
+    differences.append(
+      f"the data has fingerprint {now.get('fingerprint')}, "
+      f"in the checkpoint {saved.get('fingerprint')}"
+    )
+  return differences
+
+
+def load_params(
+  path: str | pathlib.Path, which: Literal["ema", "params"] = "ema"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Parameters for prediction, without knowing the model beforehand.
+
+  Changes nothing on disk, so a run that still trains may be read.
+
+  Args:
+    path: a workdir (its newest whole checkpoint is read) or the folder of one checkpoint.
+    which: the entry of the saved state to read.
+
+  Returns:
+    (nested dict of numpy arrays, configuration as a nested dict).
+
+  Raises:
+    InputError: no checkpoint there, none whole, or no such entry in it.
+  """
+  folder = _find(pathlib.Path(path).absolute())
+  tree = _saved_tree(folder)
+  if which not in tree:
+    raise InputError(f"{folder} holds no {which!r}, only {', '.join(sorted(tree))}")
+  wanted = {which: tree[which]}
+  restored = ocp.PyTreeCheckpointHandler().restore(
+    epath.Path(folder / _STATE),
+    args=ocp.args.PyTreeRestore(
+      item=wanted,
+      restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
+      partial_restore=True,
+    ),
+  )
+  return restored[which], _read_extra(folder)["config"]
+
+
+def _find(path: pathlib.Path) -> pathlib.Path:
+  """The folder of the checkpoint that `path` means; see `load_params`."""
+  if (path / _CHECKSUMS).is_file():
+    reason = _damage(path)
+    if reason:
+      raise InputError(f"the checkpoint {path} is damaged: {reason}")
+    return path
+  directory = path / FOLDER
+  if not directory.is_dir():
+    raise InputError(f"no checkpoint in {path}: expected a workdir with a folder {FOLDER!r} in it")
+  for step in _steps(directory):
+    reason = _damage(directory / str(step))
+    if not reason:
+      return directory / str(step)
+    logging.warning("checkpoint %s is skipped: %s", directory / str(step), reason)
+  raise InputError(f"no whole checkpoint in {directory} yet")
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+  """Steps of the finished checkpoints, newest first."""
+  names = (entry.name for entry in directory.iterdir() if entry.is_dir())
+  return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def _set_aside_damaged(directory: pathlib.Path) -> int | None:
+  """Renames damaged checkpoints newer than the newest whole one; returns that one's step."""
+  damaged: dict[int, str] = {}
+  latest = None
+  for step in _steps(directory):
+    reason = _damage(directory / str(step))
+    if not reason:
+      latest = step
+      break
+    damaged[step] = reason
+  if damaged and latest is None:
+    raise InputError(
+      f"no checkpoint in {directory} is whole:\n  "
+      + "\n  ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+      + "\ndelete or move that folder to start again from scratch"
+    )
+  for step, reason in damaged.items():
+    logging.warning(
+      "the checkpoint of step %d is damaged (%s); going back to step %d", step, reason, latest
+    )
+    if jax.process_index() == 0:
+      aside = directory / f"{_DAMAGED}{step}"
+      shutil.rmtree(aside, ignore_errors=True)
+      (directory / str(step)).rename(aside)
+  return latest
+
+
+def _damage(folder: pathlib.Path) -> str:
+  """Why the checkpoint in `folder` is not whole; empty if it is. Reads every byte."""
+  try:
+    sums = json.loads((folder / _CHECKSUMS).read_text())
+    json.loads((folder / _ORBAX_METADATA).read_text())
+  except FileNotFoundError as error:
+    return f"{pathlib.Path(error.filename).name} is missing"
+  except (ValueError, OSError) as error:
+    return f"its metadata cannot be read: {error}"
+  for name, (size, crc) in sums.items():
+    path = folder / name
+    if not path.is_file():
+      return f"{name} is missing"
+    if path.stat().st_size != size:
+      return f"{name} has {path.stat().st_size} bytes, not {size}"
+    if _crc32(path) != crc:
+      return f"{name} is not what was written"
+  return ""
+
+
+def _crc32(path: pathlib.Path) -> int:
+  value = 0
+  with path.open("rb") as file:
+    while chunk := file.read(1 << 20):
+      value = zlib.crc32(chunk, value)
+  return value
+
+
+def _read_extra(folder: pathlib.Path) -> dict[str, Any]:
+  return ocp.JsonCheckpointHandler().restore(epath.Path(folder / _EXTRA))
+
+
+def _saved_tree(folder: pathlib.Path) -> dict[str, Any]:
+  """The saved state's tree; every leaf has the `shape` and `dtype` of the array."""
+  return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder / _STATE)).tree
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _leaf_differences(wanted: PyTree, saved: PyTree) -> list[str]:
+  """One line for each leaf that is missing on one side or differs in shape or type."""
+  ours, theirs = (
+    {name: leaf for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()
+     if leaf is not None}
+    for tree in (wanted, saved)
+  )
+  lines = []
+  for name in sorted(ours.keys() | theirs.keys()):
+    here, there = (
+      f"{np.dtype(side[name].dtype).name}{list(side[name].shape)}" if name in side else "absent"
+      for side in (ours, theirs)
+    )
+    if here != there:
+      lines.append(f"{name} is {here}, in the checkpoint {there}")
+  return lines
+
+
+def _leaves(section: Mapping[str, Any]) -> dict[str, Any]:
+  return traverse_util.flatten_dict(dict(section), sep=".")
+
+
+def _plain(value: Any) -> Any:
+  """A value as JSON gives it back: tuples are lists there."""
+  return list(value) if isinstance(value, tuple) else value
+
+
+def _first(lines: list[str], count: int = 8) -> list[str]:
+  more = len(lines) - count
+  return lines if more <= 0 else [*lines[:count], f"... and {more} more"]
+
+
+def _reason(error: Exception) -> str:
+  """The system's own words, without the chain of layers that tensorstore puts before them."""
+  return str(error).rsplit(": ", 1)[-1] if not isinstance(error, OSError) else str(error)
+
+
+def _not_an_orbax_error(record: std_logging.LogRecord) -> bool:
+  """Orbax logs a failed save four times, with tracebacks, and then raises it to us as well."""
+  return record.levelno < std_logging.ERROR or "orbax" not in record.pathname

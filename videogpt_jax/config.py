@@ -1,0 +1,299 @@
+"""What a configuration is: every default, every check, and what the sections mean.
+
+A file in `configs/` starts from `default()` and states only what differs. The pure
+modules never see a `ConfigDict`: the functions at the end turn its sections into the
+small frozen dataclasses that those modules take.
+"""
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from videogpt_jax import attention
+from videogpt_jax import backbone
+from videogpt_jax import codec as codec_lib
+from videogpt_jax import model as model_lib
+from videogpt_jax import objective as objective_lib
+from videogpt_jax import rollout
+from videogpt_jax import step as step_lib
+from videogpt_jax.errors import InputError
+
+
+def default() -> ConfigDict:
+  """The complete set of settings; a leaf that is not here does not exist."""
+  c = ConfigDict()
+  c.name = ""
+  c.seed = 0
+  c.platform = ""  # "" takes jax's default; "cpu", "gpu" or "tpu" demands that one
+
+  c.model = ConfigDict()
+  c.model.hidden_size = 128
+  c.model.intermediate_size = 344
+  c.model.num_layers = 4
+  c.model.num_heads = 4
+  c.model.num_kv_heads = 4
+  c.model.patch_size = 2
+  c.model.vocab_size = 4  # rows of embed_tokens; the marker tokens are three of them
+  c.model.img_id = 1
+  c.model.end_img_id = 2
+  c.model.diff_id = 3
+  c.model.pos_embed_max_size = 192
+  c.model.rms_norm_eps = 1e-5
+  c.model.rope_theta = 10000.0
+  c.model.dtype = "auto"  # compute type: float32, bfloat16; auto: bfloat16 on accelerators
+  c.model.attention = "auto"  # reference, xla; auto picks by platform and length
+  c.model.remat = "none"  # none, dots, full
+
+  c.codec = ConfigDict()
+  c.codec.id = "pixels"
+  c.codec.block = 2
+  c.codec.scale = 2.0
+  c.codec.shift = 0.5
+
+  c.data = ConfigDict()
+  c.data.path = ""  # the latent data set: written by `encode`, read by `main`
+  c.data.source = "videos"  # what `encode` reads: "videos" (a folder) or "world"
+  c.data.videos = ""  # the folder of video files
+  c.data.height = 64  # frames are resized and centre-cropped to height x width px
+  c.data.width = 64
+  c.data.min_side = 16  # px; smaller source frames are refused
+  c.data.max_aspect = 4.0  # longer over shorter side; more elongated frames are refused
+  c.data.stride = 1  # every stride-th source frame is stored
+  c.data.max_frames = 0  # stored frames per record; longer videos are cut; 0: no limit
+  c.data.videos_per_shard = 256
+  c.data.validation_fraction = 0.05  # of a folder's videos, chosen by a hash of the name
+  c.data.train_videos = 0  # how many to simulate, source "world"
+  c.data.validation_videos = 0
+  c.data.frames = 16  # N, frames of a training sample
+  c.data.interval = (1, 1)  # frame interval (lo, hi) in source frames, drawn per sample
+  c.data.workers = 0  # grain worker processes
+  c.data.prefetch = 2  # batches kept ready, on the host and on the device
+
+  c.world = ConfigDict()  # the simulated physics world: videogpt_jax.data.world.Settings
+  c.world.size = 32
+  c.world.frames = 8
+  c.world.fps = 8.0
+  c.world.objects = (1, 2)
+  c.world.radius = (4.0, 6.0)  # px
+  c.world.speed = (1.0, 2.0)  # px per frame, initial
+  c.world.spin = 0.0  # radians per frame, at most, initial
+  c.world.gravity = 0.0  # px per frame^2, downwards
+  c.world.shapes = ("ball", "box", "triangle")
+  c.world.elasticity = (1.0,)  # restitution, drawn per video
+  c.world.friction = 0.0
+  c.world.occluder = False
+
+  c.clips = ConfigDict()
+  # random (the paper's), single (a frame a clip), fixed (clips.lengths), or continuation
+  # (the first sample.history frames are given, the rest is one clip)
+  c.clips.partition = "random"
+  c.clips.lengths = (1,)  # frames of each clip, partition "fixed"
+  c.clips.beta = 0.9  # clean history is at least this clean in training
+
+  c.train = ConfigDict()
+  c.train.steps = 1000
+  c.train.batch_size = 16  # global
+  c.train.accumulation = 1  # microbatches a step
+  c.train.ema_decay = 0.999
+  c.train.max_bad_steps = 10  # stop after so many non-finite updates in a row
+
+  c.optimizer = ConfigDict()
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.warmup_steps = 100
+  c.optimizer.cooldown_steps = 0  # linear decay to zero over the last steps; 0: constant
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.95
+  c.optimizer.eps = 1e-8
+  c.optimizer.weight_decay = 0.1
+  c.optimizer.clip_norm = 1.0
+
+  c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
+  c.mesh.data = -1
+  c.mesh.fsdp = 1
+  c.mesh.sequence = 1
+  c.mesh.tensor = 1
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = 500  # steps
+  c.checkpoint.keep = 2
+  c.checkpoint.init_from = ""  # workdir or exported weights to start from (not to resume)
+
+  c.log = ConfigDict()
+  c.log.every = 20  # steps between lines
+  c.log.validate_every = 500  # steps between held-out losses
+  c.log.validation_batches = 4
+  c.log.videos_every = 1000  # steps between rolled-out videos
+  c.log.videos = 4
+
+  c.sample = ConfigDict()  # how videos are rolled out
+  c.sample.history = 4
+  c.sample.clip_frames = 4
+  c.sample.steps = 20
+  c.sample.guidance = 1.0
+  c.sample.shift = 1.0
+  c.sample.window = 0  # frames; 0: data.frames
+  return c
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks every value that can be checked without data or devices.
+
+  Raises:
+    InputError: the first value that makes no sense, and what would.
+  """
+  positive = ("model.hidden_size", "model.intermediate_size", "model.num_layers",
+              "model.num_heads", "model.num_kv_heads", "model.patch_size", "model.vocab_size",
+              "model.pos_embed_max_size", "data.height", "data.width", "data.stride",
+              "data.frames", "data.prefetch", "train.steps", "train.batch_size",
+              "train.accumulation", "train.max_bad_steps", "optimizer.clip_norm",
+              "checkpoint.every", "checkpoint.keep", "log.every", "log.validate_every",
+              "log.validation_batches", "log.videos_every", "sample.history",
+              "sample.clip_frames", "sample.steps", "sample.shift")
+  not_negative = ("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.cooldown_steps",
+                  "optimizer.weight_decay", "data.workers", "log.videos", "sample.window")
+  for names, fits, wanted in ((positive, lambda x: x > 0, "positive"),
+                              (not_negative, lambda x: x >= 0, "at least 0")):
+    for name in names:
+      if not fits(leaf(config, name)):
+        raise InputError(f"config.{name} must be {wanted}, got {leaf(config, name)}")
+  _validate_model(config)
+  codec(config)
+  _validate_clips(config)
+  if config.train.batch_size % config.train.accumulation:
+    raise InputError(f"config.train.batch_size {config.train.batch_size} does not divide into "
+                     f"config.train.accumulation {config.train.accumulation} microbatches")
+  if not 0 <= config.train.ema_decay < 1:
+    raise InputError(f"config.train.ema_decay must be in [0, 1), got {config.train.ema_decay}")
+
+
+def _validate_model(config: ConfigDict) -> None:
+  m = config.model
+  if m.hidden_size % m.num_heads:
+    raise InputError(f"config.model.hidden_size {m.hidden_size} is not divisible by "
+                     f"config.model.num_heads {m.num_heads}")
+  if m.num_heads % m.num_kv_heads:
+    raise InputError(f"config.model.num_heads {m.num_heads} is not divisible by "
+                     f"config.model.num_kv_heads {m.num_kv_heads}")
+  if m.hidden_size // m.num_heads % 2 or m.hidden_size % 4:
+    raise InputError(f"config.model.hidden_size {m.hidden_size} must be a multiple of 4 (position "
+                     f"table) and of twice config.model.num_heads {m.num_heads} (rotary halves)")
+  for name in ("img_id", "end_img_id", "diff_id"):
+    if not 0 <= m[name] < m.vocab_size:
+      raise InputError(f"config.model.{name} {m[name]} is no row of a vocabulary of {m.vocab_size}")
+  _one_of(config, "model.dtype", ("auto", "float32", "bfloat16"))
+  _one_of(config, "model.attention", ("auto", *attention.IMPLEMENTATIONS))
+  _one_of(config, "model.remat", tuple(backbone.REMAT_POLICIES))
+  cell = config.codec.block
+  for name in ("height", "width"):
+    if config.data[name] % cell:
+      raise InputError(f"config.data.{name} {config.data[name]} px is no multiple of "
+                       f"config.codec.block {cell}")
+    if config.data[name] // cell % m.patch_size:
+      raise InputError(f"config.model.patch_size {m.patch_size} does not divide the latent: "
+                       f"config.data.{name} {config.data[name]} px / {cell} = "
+                       f"{config.data[name] // cell} cells")
+
+
+def _validate_clips(config: ConfigDict) -> None:
+  _one_of(config, "clips.partition", ("random", "single", "fixed", "continuation"))
+  frames, partition = config.data.frames, config.clips.partition
+  if partition == "random" and frames < 2:
+    raise InputError(f"config.data.frames {frames}: random partitions need at least 2 frames")
+  if partition == "fixed" and sum(config.clips.lengths) != frames:
+    raise InputError(f"config.clips.lengths {tuple(config.clips.lengths)} sum to "
+                     f"{sum(config.clips.lengths)}, config.data.frames is {frames}")
+  if partition == "continuation" and config.sample.history >= frames:
+    raise InputError(f"config.sample.history {config.sample.history} leaves nothing to predict of "
+                     f"config.data.frames {frames}")
+  if not 0 <= config.clips.beta <= 1:
+    raise InputError(f"config.clips.beta must be in [0, 1], got {config.clips.beta}")
+  window = config.sample.window or frames
+  if config.sample.clip_frames > window:
+    raise InputError(f"config.sample.clip_frames {config.sample.clip_frames} does not fit the "
+                     f"window of {window} frames")
+
+
+def _one_of(config: ConfigDict, name: str, known: tuple[str, ...]) -> None:
+  if leaf(config, name) not in known:
+    raise InputError(f"config.{name} is {leaf(config, name)!r}; known: {', '.join(known)}")
+
+
+def leaf(config: ConfigDict, name: str):
+  """The value at a dotted name."""
+  for key in name.split("."):
+    config = config[key]
+  return config
+
+
+# Sections as what the pure modules take ---------------------------------------------------
+
+
+def codec(config: ConfigDict) -> codec_lib.Codec:
+  """The codec of `config.codec`. Raises `InputError` if it describes none."""
+  return codec_lib.from_spec(config.codec.to_dict())
+
+
+def compute_dtype(name: str):
+  """The compute type that `model.dtype` means on the devices there are."""
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return jnp.dtype(name)
+
+
+def model(config: ConfigDict) -> model_lib.Config:
+  """The model of `config.model` on the latents of `config.codec`."""
+  m = config.model
+  shape = {name: m[name] for name in ("hidden_size", "intermediate_size", "num_layers",
+                                      "num_heads", "num_kv_heads", "rms_norm_eps", "rope_theta")}
+  stack = backbone.Config(**shape, dtype=compute_dtype(m.dtype), attention=m.attention,
+                          remat=m.remat)
+  return model_lib.Config(
+      backbone=stack, channels=codec(config).channels, patch_size=m.patch_size,
+      vocab_size=m.vocab_size, img_id=m.img_id, end_img_id=m.end_img_id, diff_id=m.diff_id,
+      pos_embed_max_size=m.pos_embed_max_size)
+
+
+def objective(config: ConfigDict) -> objective_lib.Objective:
+  """The training objective of `config.clips`."""
+  clips = config.clips
+  if clips.partition == "continuation":
+    return objective_lib.continuation(config.sample.history, clips.beta)
+  partition = {
+      "random": objective_lib.random_partition,
+      "single": objective_lib.single_partition,
+      "fixed": objective_lib.fixed_partition(tuple(clips.lengths)),
+  }[clips.partition]
+  return objective_lib.next_clip(partition, clips.beta)
+
+
+def recipe(config: ConfigDict) -> step_lib.Recipe:
+  """The train step of a configuration."""
+  o = config.optimizer
+  optimizer = step_lib.OptimizerConfig(
+      learning_rate=o.learning_rate, warmup_steps=o.warmup_steps, total_steps=config.train.steps,
+      cooldown_steps=o.cooldown_steps, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay,
+      clip_norm=o.clip_norm)
+  return step_lib.Recipe(
+      model=model(config), codec=codec(config), objective=objective(config), optimizer=optimizer,
+      ema_decay=config.train.ema_decay, accumulation=config.train.accumulation, seed=config.seed)
+
+
+def sampler(config: ConfigDict) -> rollout.Sampler:
+  """The sampler of `config.sample`."""
+  s = config.sample
+  return rollout.Sampler(steps=s.steps, guidance=s.guidance, shift=s.shift)
+
+
+def from_saved(saved: dict) -> ConfigDict:
+  """A saved configuration over today's defaults; leaves that no longer exist are dropped."""
+  config = default()
+  for section, values in saved.items():
+    if section not in config:
+      continue
+    if not isinstance(values, dict):
+      config[section] = values
+      continue
+    for name, value in values.items():
+      if name in config[section]:
+        config[section][name] = tuple(value) if isinstance(value, list) else value
+  return config

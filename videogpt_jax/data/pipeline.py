@@ -1,0 +1,280 @@
+"""The input pipeline: latent records to batches, in an order that the step alone decides.
+
+The data position IS the step. Row r of step s is `order[s * B + r]`, where order is an
+endless sequence of epochs, each a permutation of the usable records drawn from
+(seed, epoch), and the random segment of that row is drawn from (seed, s * B + r). Nothing
+else enters: not the number of worker processes, of hosts, or where a run was resumed.
+"""
+
+import collections
+from collections.abc import Iterator
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+from absl import flags
+import grain
+from grain.experimental import index_shuffle
+import jax
+from jaxtyping import Int32, Int64, Shaped
+import numpy as np
+
+from videogpt_jax.errors import InputError
+
+# Streams of random numbers of a seed; a row's segment never depends on its epoch's order.
+_ORDER, _SEGMENT = 0, 1
+_ENDLESS = 2**62
+# Up to here an epoch's order is a table (grain's index_shuffle is slow for few records);
+# beyond, it is computed place by place, so that memory does not grow with the records.
+_TABLE = 2**16
+_ROUNDS = 4  # of index_shuffle's cipher, grain's own choice
+_THREADS = 2  # one reads while the other waits for the disk or decompresses without the GIL
+
+
+class Batch(NamedTuple):
+  """What this host feeds to one step; `to_device` makes it a global batch of jax arrays.
+
+  Attributes:
+    latents: [B, N, h, w, C] as stored.
+    index: int64 [B], the record of each row.
+    start: int32 [B], the first source frame of each row.
+    interval: int32 [B], source frames between its frames.
+  """
+
+  latents: Any
+  index: Any
+  start: Any
+  interval: Any
+
+
+class Records(Protocol):
+  """What the pipeline reads: `store.Source`, or anything alike (picklable for workers)."""
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """int32 [len], stored frames of every record."""
+
+  @property
+  def info(self) -> Any:
+    """Has `stride`, the source frames between two stored ones."""
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """A record: at least `latents` [T, h, w, C]."""
+
+
+def intervals(
+  length: int, stride: int, frames: int, interval: tuple[int, int]
+) -> tuple[int, int] | None:
+  """The intervals a record may be sampled at, in STORED frames: (lowest, highest), or None.
+
+  Args:
+    length: stored frames of the record.
+    stride: source frames between two stored ones.
+    frames: N, frames of a sample.
+    interval: (lo, hi) in source frames, both included.
+  """
+  lowest = -(-interval[0] // stride)
+  highest = interval[1] // stride
+  if frames > 1:  # a single frame has no interval to fit in
+    highest = min(highest, (length - 1) // (frames - 1))
+  return (lowest, highest) if length >= 1 and lowest <= highest else None
+
+
+def plan(
+  lengths: Int32[np.ndarray, " R"], stride: int, frames: int, interval: tuple[int, int]
+) -> Int64[np.ndarray, " U"]:
+  """Indices of the records that are long enough for a sample, ascending.
+
+  Args:
+    lengths: stored frames of every record.
+    stride: source frames between two stored ones.
+    frames: N, frames of a sample.
+    interval: (lo, hi) frame interval in source frames, both included.
+
+  Raises:
+    InputError: the interval does not fit the stride, or no record is usable (with counts).
+  """
+  check_interval(stride, frames, interval)
+  needed = (frames - 1) * -(-interval[0] // stride) + 1
+  usable = np.flatnonzero(np.asarray(lengths) >= needed)
+  if not len(usable):
+    if not len(lengths):
+      raise InputError("no usable video: the split has no records; see rejected.jsonl beside it")
+    counts = collections.Counter(int(length) for length in lengths)
+    top = ", ".join(f"{n} have {t}" for t, n in sorted(counts.items(), reverse=True)[:4])
+    raise InputError(
+      f"no usable video: {frames} frames at interval {interval[0]} need {needed} stored frames "
+      f"(stride {stride}), but all {len(lengths)} records are shorter ({top} frames); "
+      "lower data.frames or data.interval, or encode longer videos"
+    )
+  return usable.astype(np.int64)
+
+
+def check_interval(stride: int, frames: int, interval: tuple[int, int]) -> None:
+  """Raises `InputError` unless some multiple of the stored stride lies in the interval."""
+  lo, hi = interval
+  if frames < 1:
+    raise InputError(f"data.frames must be at least 1, got {frames}")
+  if not 1 <= lo <= hi:
+    raise InputError(f"data.interval must be (lo, hi) with 1 <= lo <= hi, got ({lo}, {hi})")
+  if hi // stride * stride < lo:
+    raise InputError(
+      f"data.interval ({lo}, {hi}) has no multiple of the stored stride {stride}; choose "
+      f"({stride}, {stride}) or encode the videos again with data.stride=1"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Position in the endless order -> record index and segment; a pure function."""
+
+  usable: Int64[np.ndarray, " U"]
+  lengths: Int32[np.ndarray, " U"]
+  stride: int
+  frames: int
+  interval: tuple[int, int]
+  seed: int
+
+  def record(self, position: int) -> int:
+    """Which of the usable records stands at `position`."""
+    epoch, place = divmod(position, len(self.usable))
+    if len(self.usable) <= _TABLE:
+      return int(_table(self.seed, epoch, len(self.usable))[place])
+    return index_shuffle(place, len(self.usable) - 1, _epoch_seed(self.seed, epoch), _ROUNDS)
+
+  def segment(self, position: int, length: int) -> tuple[int, int]:
+    """(start, interval) of the row at `position`, both in stored frames."""
+    bounds = intervals(length, self.stride, self.frames, self.interval)
+    assert bounds is not None, "plan() keeps usable records only"
+    rng = np.random.default_rng((self.seed, _SEGMENT, position))
+    step = int(rng.integers(bounds[0], bounds[1], endpoint=True))
+    start = int(rng.integers(length - (self.frames - 1) * step))
+    return start, step
+
+
+@functools.lru_cache(maxsize=4)  # threads may be in neighbouring epochs
+def _table(seed: int, epoch: int, count: int) -> Int64[np.ndarray, " count"]:
+  return np.random.default_rng((seed, _ORDER, epoch)).permutation(count)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_seed(seed: int, epoch: int) -> int:
+  return int(np.random.SeedSequence((seed, _ORDER, epoch)).generate_state(1)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+  """Step -> this host's rows of the batch, read from the records."""
+
+  source: Records
+  rows: _Rows
+  batch_size: int
+  first_row: int
+  num_rows: int
+
+  def __call__(self, step: int) -> Batch:
+    latents, index, start, interval = [], [], [], []
+    for row in range(self.first_row, self.first_row + self.num_rows):
+      position = step * self.batch_size + row
+      place = self.rows.record(position)
+      begin, skip = self.rows.segment(position, int(self.rows.lengths[place]))
+      record = int(self.rows.usable[place])
+      stop = begin + (self.rows.frames - 1) * skip + 1
+      latents.append(self.source[record]["latents"][begin:stop:skip])
+      index.append(record)
+      start.append(begin * self.rows.stride)
+      interval.append(skip * self.rows.stride)
+    return Batch(
+      np.stack(latents),
+      np.asarray(index, np.int64),
+      np.asarray(start, np.int32),
+      np.asarray(interval, np.int32),
+    )
+
+
+def batches(
+  source: Records,
+  *,
+  frames: int,
+  interval: tuple[int, int],
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  workers: int = 0,
+  prefetch: int = 2,
+  host: int = 0,
+  hosts: int = 1,
+) -> Iterator[Batch]:
+  """Endless batches from `start_step` on: this host's contiguous rows of each global batch.
+
+  Args:
+    source: the records.
+    frames: N, frames of a sample.
+    interval: (lo, hi) in source frames; a sample draws its interval uniformly from the
+      multiples of the stored stride in lo..min(hi, what its video is long enough for).
+    batch_size: B, rows of the global batch.
+    seed: decides the order and the segments.
+    start_step: the step of the first batch.
+    workers: processes that read ahead; 0 reads ahead in threads of this process.
+    prefetch: batches kept ready, per worker.
+    host, hosts: this host's number and how many share the batch.
+
+  Raises:
+    InputError: no usable record, or rows that do not divide among the hosts.
+  """
+  if batch_size < 1 or batch_size % hosts:
+    raise InputError(
+      f"a batch of {batch_size} rows does not divide among {hosts} hosts; "
+      "change train.batch_size"
+    )
+  usable = plan(source.lengths, source.info.stride, frames, interval)
+  lengths = np.asarray(source.lengths)[usable]
+  rows = _Rows(usable, lengths, source.info.stride, frames, (interval[0], interval[1]), seed)
+  num_rows = batch_size // hosts
+  read = _Steps(source, rows, batch_size, host * num_rows, num_rows)
+  steps = grain.MapDataset.range(_ENDLESS).map(read)[start_step:]
+  options = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
+  dataset = steps.to_iter_dataset(options)
+  if not flags.FLAGS.is_parsed():  # grain reads flags; notebooks and tests never parse any
+    flags.FLAGS.mark_as_parsed()
+  if workers:
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, prefetch))
+    )
+  return iter(dataset)
+
+
+def to_device(
+  iterator: Iterator[Batch], sharding: jax.sharding.Sharding, prefetch: int = 2
+) -> Iterator[Batch]:
+  """Puts batches on the devices ahead of time.
+
+  Args:
+    iterator: host batches; every process passes its own rows.
+    sharding: of the leading axis of every leaf, over the devices of all processes.
+    prefetch: batches on their way or there beyond the one in use.
+
+  Raises:
+    InputError: the rows do not divide among the devices.
+  """
+  ready: collections.deque[Batch] = collections.deque()
+  for batch in iterator:
+    ready.append(_put(batch, sharding))
+    if len(ready) > prefetch:
+      yield ready.popleft()
+  yield from ready
+
+
+def _put(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
+  def put(rows: Shaped[np.ndarray, "B ..."]) -> jax.Array:
+    shape = (len(rows) * jax.process_count(), *rows.shape[1:])
+    try:
+      sharding.shard_shape(shape)
+    except ValueError as error:
+      raise InputError(
+        f"a batch of {shape[0]} rows does not divide among the devices of {sharding}; "
+        "change train.batch_size or the mesh"
+      ) from error
+    return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+  return Batch(*(put(leaf) for leaf in batch))

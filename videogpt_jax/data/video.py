@@ -1,0 +1,218 @@
+"""Video files and pictures of videos: read, write, resize, put side by side.
+
+Frames are uint8 [T, H, W, 3]; files are decoded and encoded by PyAV, pictures by Pillow.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import fractions
+import io
+import os
+import pathlib
+from typing import BinaryIO
+
+import av
+from jaxtyping import UInt8
+import numpy as np
+from PIL import Image
+from PIL import ImageDraw
+from PIL import ImageFont
+
+from videogpt_jax.errors import InputError
+
+SUFFIXES = frozenset(
+  ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
+)
+_DEFAULT_FPS = 25.0  # of a stream that states none
+_CRF = "12"  # x264: hard to tell from the original
+_PAPER, _INK, _GIVEN, _PREDICTED = (255, 255, 255), (60, 60, 60), (255, 255, 255), (230, 120, 30)
+_BORDER, _GAP, _TITLE = 2, 8, 16  # px
+
+
+class VideoError(InputError):
+  """A video file that cannot be used; the message is the reason, without the path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+  """Decoded frames and their rate, per second."""
+
+  frames: UInt8[np.ndarray, "T H W 3"]
+  fps: float
+
+
+def find_videos(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+  """All files under `folder` whose suffix is that of a video container, sorted.
+
+  Raises:
+    InputError: the folder is missing, or there are none.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  if not folder.is_dir():
+    raise InputError(f"no folder {folder}; name one with video files")
+  paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+  if not paths:
+    raise InputError(f"no video files in {folder} (looked for {', '.join(sorted(SUFFIXES))})")
+  return paths
+
+
+def read(path: str | os.PathLike[str], *, stride: int = 1, max_frames: int | None = None) -> Video:
+  """Decodes the first video stream of a file.
+
+  Args:
+    path: any container PyAV opens.
+    stride: every stride-th frame is kept.
+    max_frames: stop after so many kept frames.
+
+  Raises:
+    VideoError: not a video, damaged or cut short, no video stream, no frames.
+  """
+  frames: list[np.ndarray] = []
+  try:
+    with av.open(os.fspath(path)) as container:
+      if not container.streams.video:
+        raise VideoError("no video stream")
+      stream = container.streams.video[0]
+      stream.thread_type = "AUTO"
+      rate = stream.average_rate or stream.guessed_rate or fractions.Fraction(_DEFAULT_FPS)
+      expected = stream.frames
+      decoded = 0
+      for frame in container.decode(stream):
+        if decoded % stride == 0:
+          if max_frames is not None and len(frames) == max_frames:
+            break
+          frames.append(frame.to_ndarray(format="rgb24"))
+        decoded += 1
+      else:  # the stream ended: was all there that the container announced?
+        if decoded < expected:
+          raise VideoError(f"cut short: {decoded} of {expected} frames can be decoded")
+  except (av.FFmpegError, OSError) as error:
+    reason = error.strerror or str(error)
+    if frames:
+      raise VideoError(f"damaged: {reason} after {len(frames)} frames") from error
+    raise VideoError(f"not a video that can be read: {reason}") from error
+  if not frames:
+    raise VideoError("no frames")
+  if any(frame.shape != frames[0].shape for frame in frames):
+    raise VideoError("frames change their size")
+  return Video(np.stack(frames), float(rate) / stride)
+
+
+def write_mp4(path: str | os.PathLike[str], frames: UInt8[np.ndarray, "T H W 3"], fps: float,
+              *, lossless: bool = False) -> None:
+  """Writes H.264, atomically; plays everywhere (yuv420p) unless `lossless` (RGB).
+
+  Odd sizes are repeated by a pixel at the right and bottom edge, since yuv420p needs even ones.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.tmp")
+  _, height, width, _ = frames.shape
+  frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+  try:
+    with av.open(os.fspath(temporary), "w", format="mp4") as container:
+      rate = fractions.Fraction(fps).limit_denominator(1001)
+      if lossless:
+        stream = container.add_stream("libx264rgb", rate=rate, options={"crf": "0"})
+        stream.pix_fmt = "rgb24"
+      else:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": _CRF})
+        stream.pix_fmt = "yuv420p"
+      stream.height, stream.width = frames.shape[1:3]
+      for frame in frames:
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+      container.mux(stream.encode())
+    os.replace(temporary, path)
+  except OSError as error:
+    raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_gif(target: str | os.PathLike[str] | BinaryIO, frames: UInt8[np.ndarray, "T H W 3"],
+              fps: float, scale: int = 1) -> None:
+  """Writes an endless GIF to a path (atomically) or an open file; `scale` enlarges pixels.
+
+  One palette serves all frames, so that colours do not flicker.
+  """
+  frames = enlarge(frames, scale)
+  strip = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))
+  palette = strip.quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+  pictures = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE)
+              for f in frames]
+  buffer = io.BytesIO()
+  pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], loop=0,
+                   duration=round(1000 / fps), disposal=1)
+  if not isinstance(target, (str, os.PathLike)):
+    target.write(buffer.getvalue())
+    return
+  path = pathlib.Path(target)
+  temporary = path.with_name(f".{path.name}.tmp")
+  try:
+    temporary.write_bytes(buffer.getvalue())
+    os.replace(temporary, path)
+  except OSError as error:
+    raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def resize_and_crop(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int
+                    ) -> UInt8[np.ndarray, "T h w 3"]:
+  """Scales until `height` x `width` px are covered, keeping proportions, and crops the centre.
+
+  Shrinking averages over areas (Pillow's BOX filter), enlarging is bicubic.
+  """
+  _, old_height, old_width, _ = frames.shape
+  if (old_height, old_width) == (height, width):
+    return frames
+  factor = max(height / old_height, width / old_width)
+  box_height, box_width = height / factor, width / factor  # what is kept, in source px
+  top, left = (old_height - box_height) / 2, (old_width - box_width) / 2
+  box = (left, top, left + box_width, top + box_height)
+  method = Image.Resampling.BOX if factor < 1 else Image.Resampling.BICUBIC
+  resized = [Image.fromarray(f).resize((width, height), method, box=box) for f in frames]
+  return np.stack([np.asarray(picture) for picture in resized])
+
+
+def enlarge(frames: UInt8[np.ndarray, "T H W 3"], scale: int) -> UInt8[np.ndarray, "T sH sW 3"]:
+  """Every pixel as a block of `scale` x `scale`."""
+  return frames.repeat(scale, axis=1).repeat(scale, axis=2) if scale != 1 else frames
+
+
+def side_by_side(columns: Mapping[str, UInt8[np.ndarray, "T H W 3"]], scale: int = 1,
+                 history: int | None = None) -> UInt8[np.ndarray, "T h w 3"]:
+  """Videos of equal shape in titled columns, pixels enlarged by `scale`.
+
+  With `history`, frames from there on have an orange border: they are predicted.
+  """
+  parts = []
+  for title, frames in columns.items():
+    frames = enlarge(np.asarray(frames), scale)
+    length, height, width, _ = frames.shape
+    title_width = ImageFont.load_default().getlength(title)
+    outer = max(width + 2 * _BORDER, int(title_width) + 2)
+    column = np.empty((length, height + 2 * _BORDER + _TITLE, outer + _GAP, 3), np.uint8)
+    column[:] = _PAPER
+    column[:, :_TITLE, :] = _text(title, _TITLE, outer + _GAP)
+    for t in range(length):
+      colour = _PREDICTED if history is not None and t >= history else _GIVEN
+      column[t, _TITLE:, : width + 2 * _BORDER] = colour
+    inside = (slice(None), slice(_TITLE + _BORDER, -_BORDER), slice(_BORDER, _BORDER + width))
+    column[inside] = frames
+    parts.append(column)
+  return np.concatenate(parts, axis=2)
+
+
+def contact_sheet(videos: Sequence[UInt8[np.ndarray, "T H W 3"]], scale: int = 1
+                  ) -> UInt8[np.ndarray, "h w 3"]:
+  """One picture: a video a row, a frame a column."""
+  rows = [np.concatenate(list(np.pad(enlarge(v, scale), ((0, 0), (1, 1), (1, 1), (0, 0)))), axis=1)
+          for v in videos]
+  return np.concatenate(rows, axis=0)
+
+
+def _text(text: str, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+  picture = Image.new("RGB", (width, height), _PAPER)
+  ImageDraw.Draw(picture).text((1, 1), text, fill=_INK, font=ImageFont.load_default())
+  return np.asarray(picture)

@@ -1,0 +1,45 @@
+"""What a configuration would cost, before anything expensive."""
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from videogpt_jax import config as config_lib
+from videogpt_jax import flops
+from videogpt_jax import sharding
+from videogpt_jax import step as step_lib
+
+_GIB = 2**30
+
+
+def report(config: ConfigDict) -> str:
+  """Resolved configuration, parameters by part, FLOPs per step and memory per device.
+
+  The train step is compiled for the devices there are, so the memory is the compiler's
+  own figure; nothing is allocated and no data is read.
+  """
+  recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
+  codec = recipe.codec
+  latents = (config.data.frames, config.data.height // codec.downsample,
+             config.data.width // codec.downsample, codec.channels)
+  counts = flops.parameters(recipe.model)
+  cost = flops.training(recipe.model, recipe.objective, config.train.batch_size, latents)
+  state = step_lib.abstract_state(recipe, mesh)
+  batch = jax.ShapeDtypeStruct((config.train.batch_size, *latents), jnp.dtype(codec.dtype))
+  with sharding.use(mesh):
+    memory = step_lib.compile_step(recipe, mesh).lower(state, batch).compile().memory_analysis()
+  lines = ["resolved configuration:", str(config), "parameters:"]
+  lines += [f"  {name:<12}{count:>16,}" for name, count in counts.items()]
+  lines += [
+    "a step:",
+    f"  needed tokens       {cost.tokens:,.0f}",
+    f"  FLOPs, dense        {cost.dense:.3e}",
+    f"  FLOPs, attention    {cost.attention:.3e} (visible pairs only)",
+    f"  FLOPs, all          {cost.total:.3e}",
+    f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}",
+    "memory of a device:",
+    f"  state and batch     {memory.argument_size_in_bytes / _GIB:.3f} GiB",
+    f"  temporary           {memory.temp_size_in_bytes / _GIB:.3f} GiB",
+    f"  compiled program    {memory.generated_code_size_in_bytes / _GIB:.3f} GiB",
+  ]
+  return "\n".join(lines)

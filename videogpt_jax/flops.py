@@ -1,0 +1,99 @@
+"""Work that a training step needs: tokens and floating-point operations.
+
+Counted are the tokens somebody looks at (the clean copies of the last clip are not
+needed) and the visible pairs of the mask alone, forward and backward (twice forward),
+whatever an implementation computes beyond that. Recomputation does not count.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from videogpt_jax import layout
+from videogpt_jax import mask
+from videogpt_jax import model
+from videogpt_jax import objective as objective_lib
+
+_DRAWS = 64  # random partitions over which the expectation is taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Needed work of one training step of the global batch.
+
+  Attributes:
+    tokens: needed tokens.
+    dense: FLOPs in matrix products with weights, forward and backward.
+    attention: FLOPs in scores and weighted sums over visible pairs, forward and backward.
+  """
+
+  tokens: float
+  dense: float
+  attention: float
+
+  @property
+  def total(self) -> float:
+    """FLOPs in all."""
+    return self.dense + self.attention
+
+
+def token_flops(config: model.Config) -> float:
+  """Forward FLOPs of one token in the stack's matrix products."""
+  b = config.backbone
+  attention = 2 * b.hidden_size * b.head_size * (b.num_heads + b.num_kv_heads)
+  return 2.0 * b.num_layers * (attention + 3 * b.hidden_size * b.intermediate_size)
+
+
+def pair_flops(config: model.Config) -> float:
+  """Forward FLOPs of one visible pair: a score and a weighted sum in every head and layer."""
+  b = config.backbone
+  return 4.0 * b.num_layers * b.num_heads * b.head_size
+
+
+def training(
+  config: model.Config,
+  objective: objective_lib.Objective,
+  batch: int,
+  latent_shape: tuple[int, int, int, int],
+) -> Cost:
+  """Expected cost of a step on `batch` videos of latents (N, h, w, C).
+
+  Random partitions are averaged over; embeddings and the last layer are counted by patch.
+  """
+  frames, height, width, channels = latent_shape
+  patches = model.patches_per_frame(config, height, width)
+
+  @jax.jit
+  def count(keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    _, blocks = objective(keys, jnp.zeros((_DRAWS, frames, 1, 1, 1)))
+    tokens = layout.tokens(blocks, patches)
+    pairs = jax.lax.map(lambda row: mask.live_pairs(row)[0].astype(jnp.float32),
+                        jax.tree.map(lambda x: x[:, None], mask.ranks(tokens)))
+    noisy = (blocks.stream == layout.NOISY).sum(1)
+    return pairs.mean(), blocks.valid.sum(1).mean(), noisy.mean()
+
+  keys = objective_lib.row_keys(0, jnp.int32(0), _DRAWS)
+  pairs, blocks, noisy = (float(x) for x in count(keys))
+  tokens = blocks * (patches + layout.MARKERS)
+  patch_size = channels * config.patch_size**2
+  ends = 2.0 * patches * patch_size * config.backbone.hidden_size * (blocks + noisy)
+  return Cost(
+    tokens=batch * tokens,
+    dense=3.0 * batch * (tokens * token_flops(config) + ends),
+    attention=3.0 * batch * pairs * pair_flops(config),
+  )
+
+
+def parameters(config: model.Config) -> dict[str, int]:
+  """Parameters by part, without allocating any."""
+  tree = model.abstract_params(config)
+  size = lambda part: sum(x.size for x in jax.tree.leaves(part))
+  parts = {
+    "backbone": size(tree["backbone"]),
+    "embeddings": size(tree["embed_tokens"]),
+    "patches": size([tree["x_embedder"], tree["input_x_embedder"]]),
+    "time": size(tree["time_token"]) + size(tree["t_embedder"]),
+    "final": size(tree["final_layer"]),
+  }
+  return {**parts, "total": sum(parts.values())}

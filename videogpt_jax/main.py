@@ -1,0 +1,42 @@
+"""Trains a model: `python -m videogpt_jax.main --config=configs/tiny.py --workdir=DIR`.
+
+Any leaf of the configuration can be overridden: `--config.train.steps=200`. The same
+command again resumes the run in the workdir.
+"""
+
+from absl import flags
+import jax
+from ml_collections import config_flags
+
+from videogpt_jax import cli
+from videogpt_jax import config as config_lib
+from videogpt_jax import dry_run
+from videogpt_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, videos.")
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Show the resolved configuration, parameters, FLOPs and memory; train nothing.")
+
+
+def main() -> None:
+  """Reads the flags and trains, or reports what would be trained."""
+  if _CONFIG.value is None:
+    raise InputError("--config is missing, for example --config=configs/tiny.py")
+  config = _CONFIG.value
+  if config.platform:
+    jax.config.update("jax_platforms", config.platform)
+  config_lib.validate(config)
+  if _DRY_RUN.value:
+    print(dry_run.report(config))
+    return
+  if not _WORKDIR.value:
+    raise InputError("--workdir is missing, for example --workdir=runs/tiny")
+  from videogpt_jax import train  # after the flags: it starts jax and reads data packages
+
+  done = train.train(config, _WORKDIR.value)
+  print(f"finished at step {done}; the run is in {_WORKDIR.value}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,79 @@
+"""What a video becomes in a training step: which frames are denoised, given which.
+
+An objective turns normalised latents and one key per sample into a `flow.Draw` and the
+frame blocks that stand for it. The model, the mask and the loss are the same for all.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from videogpt_jax import flow
+from videogpt_jax import layout
+
+Objective = Callable[[PRNGKeyArray, Float[Array, "B N h w C"]],
+                     tuple[flow.Draw, layout.FrameBlocks]]
+Partition = Callable[[PRNGKeyArray, int], Int[Array, "N"]]
+
+
+def next_clip(partition: Partition, beta: float = 0.9) -> Objective:
+  """Next clip diffusion: every clip is denoised, given the clips before it.
+
+  Args:
+    partition: cuts N frames into clips, from one sample's key.
+    beta: least cleanness of the history, see `flow.draw`.
+  """
+
+  def draw(rng: PRNGKeyArray, latents: Array) -> tuple[flow.Draw, layout.FrameBlocks]:
+    rng_clip, rng_noise = _split(rng)
+    frames = latents.shape[1]
+    clip = jax.vmap(lambda key: partition(key, frames))(rng_clip)
+    return flow.draw(rng_noise, clip, latents, beta=beta), layout.training(clip)
+
+  return draw
+
+
+def continuation(history: int, beta: float = 0.9) -> Objective:
+  """Prediction alone: the first `history` frames are given, all others are one noisy clip.
+
+  For N = 16 and a history of 4 half as many tokens as `next_clip`, for a model that will
+  only be asked to continue videos in this way.
+  """
+
+  def draw(rng: PRNGKeyArray, latents: Array) -> tuple[flow.Draw, layout.FrameBlocks]:
+    batch, frames = latents.shape[:2]
+    given, target = latents[:, :history], latents[:, history:]
+    clip = jnp.zeros(target.shape[:2], jnp.int32)
+    draw = flow.draw(_split(rng)[1], clip, target, given, beta)
+    return draw, layout.prediction(history, frames - history, batch)
+
+  return draw
+
+
+def random_partition(rng: PRNGKeyArray, frames: int) -> Int[Array, "N"]:
+  """The paper's partition into 2..N random clips; see `layout.random_partition`."""
+  return layout.random_partition(rng, frames)
+
+
+def single_partition(rng: PRNGKeyArray, frames: int) -> Int[Array, "N"]:
+  """One frame a clip, the first stage of training."""
+  del rng  # there is nothing to draw
+  return layout.single_partition(frames)
+
+
+def fixed_partition(lengths: tuple[int, ...]) -> Partition:
+  """Always clips of the given lengths."""
+  return lambda rng, frames: layout.fixed_partition(lengths)
+
+
+def row_keys(seed: int, step: Int[Array, ""], rows: int) -> PRNGKeyArray:
+  """One key per row of the global batch: fold_in(seed, step, row)."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+
+def _split(rng: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+  pair = jax.vmap(jax.random.split)(rng)
+  return pair[:, 0], pair[:, 1]

@@ -1,0 +1,264 @@
+"""The train step: state, optimizer, one pure function from (state, batch) to (state, metrics).
+
+Nothing here reads files or configurations, so benchmarks build the very step that
+training runs.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import optax
+
+from videogpt_jax import codec as codec_lib
+from videogpt_jax import flow
+from videogpt_jax import layout
+from videogpt_jax import model
+from videogpt_jax import objective as objective_lib
+from videogpt_jax import sharding
+
+NOISE_BINS = 5  # the loss is logged by time t in as many equal bins
+CLIP_BINS = 8  # and by clip index, the last bin holding all later clips
+
+Metrics = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with global-norm clipping; decay on all parameters, as published.
+
+  The learning rate rises linearly over `warmup_steps`, stays, and over the last
+  `cooldown_steps` (if any) of `total_steps` falls linearly to zero.
+  """
+
+  learning_rate: float
+  warmup_steps: int
+  total_steps: int
+  cooldown_steps: int = 0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+  """Learning rate by optimizer step."""
+  warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+  shifted = lambda step: warmup(step + 1)  # the first step moves already
+  if not config.cooldown_steps:
+    return shifted
+  begin = config.total_steps - config.cooldown_steps
+  cooldown = optax.linear_schedule(config.learning_rate, 0.0, config.cooldown_steps)
+  return optax.join_schedules([shifted, cooldown], [begin])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  """The optimizer of `config`."""
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      learning_rate(config),
+      b1=config.b1,
+      b2=config.b2,
+      eps=config.eps,
+      weight_decay=config.weight_decay,
+    ),
+  )
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes.
+
+  `step` counts batches seen and is the data position. `bad_steps` counts updates skipped
+  in a row because loss or gradients were not finite, `skipped` all of them.
+  """
+
+  step: Int[Array, ""]
+  params: Any
+  ema: Any
+  opt_state: Any
+  bad_steps: Int[Array, ""]
+  skipped: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a train step needs to know, all of it static."""
+
+  model: model.Config
+  codec: codec_lib.Codec
+  objective: objective_lib.Objective
+  optimizer: OptimizerConfig
+  ema_decay: float = 0.999
+  accumulation: int = 1
+  seed: int = 0
+
+
+def init_params(config: model.Config, seed: int) -> Any:
+  """Fresh parameters, boxed with their logical axis names."""
+  side = config.patch_size
+  frame = jnp.zeros((1, 1, side, side, config.channels))
+  blocks = layout.prediction(1, 1)
+  network = model.VideoGPT(config)
+  return network.init(jax.random.key(seed), frame, frame, jnp.zeros((1, 1)), blocks)["params"]
+
+
+def init_state(recipe: Recipe) -> TrainState:
+  """A fresh state, its leaves boxed with their logical axis names."""
+  params = init_params(recipe.model, recipe.seed)
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(
+    step=zero,
+    params=params,
+    ema=jax.tree.map(jnp.copy, params),
+    opt_state=make_optimizer(recipe.optimizer).init(params),
+    bad_steps=zero,
+    skipped=zero,
+  )
+
+
+def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
+  """A sharding for every leaf of the state."""
+  return sharding.of_tree(mesh, jax.eval_shape(functools.partial(init_state, recipe)))
+
+
+def create_state(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
+  """A fresh state, every leaf born with its sharding."""
+  shardings = nn.meta.unbox(state_shardings(recipe, mesh))
+  init = lambda: nn.meta.unbox(init_state(recipe))
+  with sharding.use(mesh):
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def abstract_state(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
+  """The state as shapes, types and shardings, to restore into."""
+  shapes = nn.meta.unbox(jax.eval_shape(functools.partial(init_state, recipe)))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    state_shardings(recipe, mesh),
+  )
+
+
+def loss_metrics(aux: dict[str, Float[Array, "B N"]]) -> Metrics:
+  """Sums of loss and weight by noise level and by clip index, for means over many steps."""
+  loss, weight = aux["frame_loss"], aux["frame_weight"]
+  noise_bin = jnp.minimum((aux["t"] * NOISE_BINS).astype(jnp.int32), NOISE_BINS - 1)
+  clip_bin = jnp.minimum(aux["clip"], CLIP_BINS - 1)
+
+  def by(index: Array, bins: int) -> tuple[Array, Array]:
+    member = jax.nn.one_hot(index, bins) * weight[..., None]
+    return jnp.einsum("BN,BNb->b", loss, member), member.sum((0, 1))
+
+  noise_sum, noise_count = by(noise_bin, NOISE_BINS)
+  clip_sum, clip_count = by(clip_bin, CLIP_BINS)
+  return {
+    "loss_sum": loss.sum(),
+    "loss_count": weight.sum(),
+    "noise_sum": noise_sum,
+    "noise_count": noise_count,
+    "clip_sum": clip_sum,
+    "clip_count": clip_count,
+  }
+
+
+def _loss(recipe: Recipe, params: Any, rng: Array, stored: Array, total: Array):
+  latents = recipe.codec.normalize(stored)
+  draw, blocks = recipe.objective(rng, latents)
+  x1 = model.predict(recipe.model, params, draw.clean, draw.noisy, draw.t, blocks)
+  loss, aux = flow.loss(x1, draw, normalizer=total)
+  return loss, loss_metrics(aux)
+
+
+def gradients(recipe: Recipe, params: Any, rng: Array, stored: Array) -> tuple[Any, Metrics]:
+  """Gradients of the global batch and its loss sums, over `accumulation` microbatches.
+
+  Every real frame of the global batch weighs the same, whichever part it stands in.
+  """
+  batch = stored.shape[0]
+  draws = lambda keys, x: recipe.objective(keys, recipe.codec.normalize(x))[0].target
+  frames = jax.eval_shape(draws, rng, stored).shape[1]
+  total = jnp.float32(batch * frames)
+  grad_fn = jax.grad(functools.partial(_loss, recipe), has_aux=True)
+  if recipe.accumulation == 1:
+    return grad_fn(params, rng, stored, total)
+
+  # Every accumulation-th row: a reshape that keeps each device's rows on it.
+  parts = lambda x: jnp.moveaxis(
+    x.reshape(batch // recipe.accumulation, recipe.accumulation, *x.shape[1:]), 1, 0
+  )
+  shapes = jax.eval_shape(grad_fn, params, rng[:1], stored[:1], total)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+  def add(carry: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, carry, grad_fn(params, *part, total)), None
+
+  return jax.lax.scan(add, zeros, (parts(rng), parts(stored)))[0]
+
+
+def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainState, Metrics]:
+  """One update from stored latents [B, N, h, w, C].
+
+  An update with a non-finite loss or gradient is skipped: parameters, EMA and optimizer
+  stay as they are, and the skip is counted.
+  """
+  rng = objective_lib.row_keys(recipe.seed, state.step, stored.shape[0])
+  grads, metrics = gradients(recipe, state.params, rng, stored)
+  norm = optax.global_norm(grads)
+  finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss_sum"])
+
+  updates, opt_state = make_optimizer(recipe.optimizer).update(
+    grads, state.opt_state, state.params
+  )
+  params = optax.apply_updates(state.params, updates)
+  count = state.step.astype(jnp.float32)
+  decay = jnp.minimum(recipe.ema_decay, (1 + count) / (10 + count))  # follows fast at first
+  ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+
+  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+  bad = jnp.where(finite, 0, state.bad_steps + 1)
+  state = TrainState(
+    step=state.step + 1,
+    params=keep(params, state.params),
+    ema=keep(ema, state.ema),
+    opt_state=keep(opt_state, state.opt_state),
+    bad_steps=bad,
+    skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+  )
+  metrics |= {"grad_norm": norm, "bad_steps": bad, "skipped": state.skipped}
+  return state, metrics
+
+
+def compile_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+  """The jitted train step, to be called under `sharding.use(mesh)`; the state is donated."""
+  shardings = state_shardings(recipe, mesh)
+  return jax.jit(
+    functools.partial(train_step, recipe),
+    donate_argnums=0,
+    in_shardings=(shardings, sharding.rows(mesh)),
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
+
+
+def compile_validation(
+  recipe: Recipe, mesh: jax.sharding.Mesh
+) -> Callable[[Any, Array, Array], Metrics]:
+  """A jitted (params, batch index, stored latents) -> loss sums, the same noise every time.
+
+  To be called under `sharding.use(mesh)`.
+  """
+
+  def validate(params: Any, index: Array, stored: Array) -> Metrics:
+    # Far from the seeds of training: the held-out noise is drawn from a key of its own.
+    rng = objective_lib.row_keys(recipe.seed + (1 << 30), index, stored.shape[0])
+    return _loss(recipe, params, rng, stored, jnp.float32(1))[1]
+
+  return jax.jit(validate, out_shardings=sharding.replicated(mesh))

@@ -1,0 +1,357 @@
+"""The training loop.
+
+Order of a run: configuration checked, data opened, state found (resume > init from >
+scratch), then for every step: next batch, one train step, metrics of the step before
+fetched; and at their cadence a log line, the held-out loss, rolled-out videos, a
+checkpoint. The data position is the step, so a resumed run continues bit for bit.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import signal
+import threading
+import time
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from videogpt_jax import checkpoint
+from videogpt_jax import config as config_lib
+from videogpt_jax import flops
+from videogpt_jax import sharding
+from videogpt_jax import step as step_lib
+from videogpt_jax import telemetry
+from videogpt_jax import weights as weights_lib
+from videogpt_jax.data import pipeline
+from videogpt_jax.data import store
+from videogpt_jax.data import video
+from videogpt_jax.errors import InputError
+
+
+@dataclasses.dataclass
+class Run:
+  """What the parts of the loop share."""
+
+  config: ConfigDict
+  workdir: str
+  recipe: step_lib.Recipe
+  mesh: jax.sharding.Mesh
+  source: store.Source
+  validation: store.Source
+  writer: telemetry.Writer
+
+  def extra(self) -> dict[str, Any]:
+    """What is saved beside the state."""
+    return {"config": self.config.to_dict(), "fingerprint": self.source.fingerprint}
+
+
+def train(config: ConfigDict, workdir: str) -> int:
+  """Trains until `config.train.steps`, or a signal; returns the steps finished.
+
+  Raises:
+    InputError: bad configuration, data, or workdir; a checkpoint that does not fit; too
+      many non-finite updates in a row (the last checkpoint is intact).
+  """
+  config_lib.validate(config)
+  source, validation = open_data(config)
+  recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
+  check_batch(config, mesh)
+  checkpoints = checkpoint.Checkpoints(
+    workdir, keep=config.checkpoint.keep, save_every=config.checkpoint.every
+  )
+  state = find_state(config, recipe, mesh, checkpoints, source.fingerprint)
+  start = int(state.step)
+  writer = telemetry.Writer(workdir, start + 1)
+  run = Run(config, workdir, recipe, mesh, source, validation, writer)
+  try:
+    with sharding.use(mesh), stop_signal() as stop:
+      return _loop(run, state, start, checkpoints, stop)
+  finally:
+    checkpoints.close()
+    writer.close()
+
+
+def _loop(run: Run, state: step_lib.TrainState, start: int,
+          checkpoints: checkpoint.Checkpoints, stop: threading.Event) -> int:
+  config, steps = run.config, run.config.train.steps
+  train_step = step_lib.compile_step(run.recipe, run.mesh)
+  evaluators = (Validation(run), Videos(run))
+  log = TrainLog(run, start)
+  waiting = telemetry.Stopwatch()
+  batches = training_batches(run, start)
+  previous = None
+  done = start
+  while done < steps and not stop.is_set():
+    with waiting:
+      batch = next(batches)
+    state, metrics = train_step(state, batch.latents)
+    done += 1
+    if previous is not None:  # one step late: the device is at work on the next one
+      log.add(previous)
+    previous = metrics
+    if done == start + 1:
+      log.first_step(metrics)
+    if done % config.log.every == 0 or done == steps:
+      log.write(done, waiting.take())
+    with log.progress.paused():
+      for evaluator in evaluators:
+        if evaluator.due(done):
+          evaluator(done, state.ema)
+      if checkpoints.due(done) and done < steps:
+        checkpoints.save(done, state, run.extra())
+      checkpoints.check()
+  if previous is not None:
+    log.add(previous)
+  checkpoints.save(done, state, run.extra(), wait=True)
+  if stop.is_set() and done < steps:
+    print(f"stopped by a signal after step {done}; the same command goes on from here", flush=True)
+  return done
+
+
+# Before the loop --------------------------------------------------------------------------
+
+
+def open_data(config: ConfigDict) -> tuple[store.Source, store.Source]:
+  """The train and validation splits; `InputError` if they do not fit the configuration."""
+  if not config.data.path:
+    raise InputError("config.data.path is empty: name the folder that `encode` wrote")
+  splits = [store.open_split(config.data.path, split) for split in ("train", "validation")]
+  codec = config_lib.codec(config)
+  cells = (config.data.height // codec.downsample, config.data.width // codec.downsample)
+  for source in splits:
+    info = source.info
+    if info.codec != codec.spec() or tuple(info.latent_shape) != (*cells, codec.channels):
+      raise InputError(
+        f"the data set {config.data.path} holds latents {tuple(info.latent_shape)} of codec "
+        f"{info.codec}, the configuration asks for {(*cells, codec.channels)} of {codec.spec()}; "
+        "encode again, or mend config.codec, config.data.height and config.data.width"
+      )
+    interval = tuple(config.data.interval)
+    pipeline.plan(source.lengths, info.stride, config.data.frames, interval)
+  return splits[0], splits[1]
+
+
+def check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Raises `InputError` unless every microbatch divides among the devices."""
+  devices = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
+  rows = config.train.batch_size // config.train.accumulation
+  if rows % devices:
+    raise InputError(
+      f"config.train.batch_size {config.train.batch_size} in {config.train.accumulation} "
+      f"microbatch(es) of {rows} rows does not divide among {devices} devices"
+    )
+
+
+def find_state(config: ConfigDict, recipe: step_lib.Recipe, mesh: jax.sharding.Mesh,
+               checkpoints: checkpoint.Checkpoints, fingerprint: str) -> step_lib.TrainState:
+  """The state to start from. Precedence: resume > init from > scratch."""
+  saved = checkpoints.latest_extra()
+  if saved is not None:
+    now = {"config": config.to_dict(), "fingerprint": fingerprint}
+    differences = checkpoint.compare(now, saved)
+    if differences:
+      raise InputError(
+        f"{checkpoints.directory.parent} holds a run that this one cannot resume: "
+        + "; ".join(differences) + "; use another --workdir, or the run's own settings"
+      )
+    restored = checkpoints.restore(step_lib.abstract_state(recipe, mesh))
+    assert restored is not None
+    print(f"resuming {checkpoints.directory.parent} at step {restored[0]}", flush=True)
+    return restored[1]
+  state = step_lib.create_state(recipe, mesh)
+  if config.checkpoint.init_from:
+    loaded = weights_lib.load(config.checkpoint.init_from)
+    put = lambda new, old: _same_shape(new, old)
+    params = jax.tree.map(put, loaded.params, state.params)
+    print(f"starting from the weights of {config.checkpoint.init_from}", flush=True)
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+  return state
+
+
+def _same_shape(new: jax.Array, old: jax.Array) -> jax.Array:
+  if new.shape != old.shape:
+    raise InputError(f"config.checkpoint.init_from holds another model: a parameter of shape "
+                     f"{new.shape} where {old.shape} is needed")
+  return jax.device_put(new.astype(old.dtype), old.sharding)
+
+
+def training_batches(run: Run, start: int) -> Iterator[pipeline.Batch]:
+  """Batches from step `start` on, already on the devices."""
+  data = run.config.data
+  host_batches = pipeline.batches(
+    run.source, frames=data.frames, interval=tuple(data.interval),
+    batch_size=run.config.train.batch_size, seed=run.config.seed, start_step=start,
+    workers=data.workers, prefetch=data.prefetch, host=jax.process_index(),
+    hosts=jax.process_count())
+  return pipeline.to_device(host_batches, sharding.rows(run.mesh), data.prefetch)
+
+
+class stop_signal:
+  """Turns SIGTERM and the first Ctrl-C into an event, so that a step is never cut short."""
+
+  def __enter__(self) -> threading.Event:
+    self._event = threading.Event()
+    self._previous = {}
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._previous[number] = signal.signal(number, self._handle)
+    return self._event
+
+  def _handle(self, number: int, frame: Any) -> None:
+    if self._event.is_set():
+      raise KeyboardInterrupt
+    self._event.set()
+
+  def __exit__(self, *exception: object) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+
+# At a cadence -----------------------------------------------------------------------------
+
+
+def add_up(metrics: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+  """The sum of every metric over steps."""
+  return {name: np.sum([m[name] for m in metrics], axis=0) for name in metrics[0]}
+
+
+def means(sums: dict[str, np.ndarray], prefix: str = "") -> dict[str, float]:
+  """Mean losses from the sums of `step.loss_metrics`: all, by noise level, by clip index."""
+  values = {f"{prefix}loss": float(sums["loss_sum"] / max(float(sums["loss_count"]), 1.0))}
+  for kind in ("noise", "clip"):
+    for i, (total, count) in enumerate(
+        zip(sums[f"{kind}_sum"], sums[f"{kind}_count"], strict=True)):
+      if count:
+        values[f"{prefix}loss_by_{kind}/{i}"] = float(total / count)
+  return values
+
+
+class TrainLog:
+  """Gathers the metrics of steps and writes them at the cadence of the log."""
+
+  def __init__(self, run: Run, start: int):
+    self._run = run
+    self._pending: list[step_lib.Metrics] = []
+    self._schedule = step_lib.learning_rate(run.recipe.optimizer)
+    cost = flops.training(run.recipe.model, run.recipe.objective, run.config.train.batch_size,
+                          _latent_shape(run))
+    device = jax.devices()[0]
+    peak = telemetry.peak_flops_per_device(device)
+    self.progress = telemetry.Progress(
+      run.config.train.steps, start, tokens_per_step=cost.tokens, flops_per_step=cost.total,
+      peak_flops=peak * jax.device_count() if peak else None)
+    self._began = time.perf_counter()
+    self._seconds_before = run.writer.last("train_seconds")  # of the runs that this one resumes
+    self._start = start
+
+  def first_step(self, metrics: step_lib.Metrics) -> None:
+    """Starts the clock when the first step is done, so that compilation is not counted."""
+    jax.block_until_ready(metrics)
+    seconds = time.perf_counter() - self._began
+    print(f"first step done after {seconds:.1f} s (compilation included)", flush=True)
+    self.progress.start(self._start + 1)
+
+  def add(self, metrics: step_lib.Metrics) -> None:
+    """Fetches the metrics of one finished step."""
+    fetched = jax.device_get(metrics)
+    self._pending.append(fetched)
+    bad = int(fetched["bad_steps"])
+    if bad:
+      logging.warning("loss or gradient is not finite: update skipped (%d in a row)", bad)
+    if bad >= self._run.config.train.max_bad_steps:
+      raise InputError(
+        f"{bad} updates in a row had a non-finite loss or gradient; the last checkpoint is "
+        "intact: lower config.optimizer.learning_rate or look at the data, then go on from it")
+
+  def write(self, done: int, wait_seconds: float) -> None:
+    """One line, TensorBoard and JSONL for the steps gathered since the last one."""
+    if not self._pending:
+      return
+    total = add_up(self._pending)
+    values = means(total)
+    values["grad_norm"] = float(total["grad_norm"] / len(self._pending))
+    values["learning_rate"] = float(self._schedule(done - 1))
+    values["skipped"] = float(self._pending[-1]["skipped"])
+    self._pending.clear()
+    speed = self.progress.update(done, wait_seconds)
+    seconds = self._seconds_before + time.perf_counter() - self._began
+    self._run.writer.scalars(done, {**values, **speed, "train_seconds": seconds})
+    shown = {"loss": values["loss"], "gnorm": values["grad_norm"], "lr": values["learning_rate"]}
+    if values["skipped"]:
+      shown["skipped"] = values["skipped"]
+    print(self.progress.line(done, shown, speed), flush=True)
+
+
+class Validation:
+  """Loss on held-out videos, every time the same ones with the same noise."""
+
+  def __init__(self, run: Run):
+    self._run = run
+    self._step = step_lib.compile_validation(run.recipe, run.mesh)
+
+  def due(self, step: int) -> bool:
+    """Whether to run after `step` steps."""
+    return step % self._run.config.log.validate_every == 0 or step == self._run.config.train.steps
+
+  def __call__(self, step: int, ema: Any) -> None:
+    run, data = self._run, self._run.config.data
+    batches = pipeline.to_device(
+      pipeline.batches(
+        run.validation, frames=data.frames, interval=tuple(data.interval),
+        batch_size=run.config.train.batch_size, seed=run.config.seed,
+        host=jax.process_index(), hosts=jax.process_count()),
+      sharding.rows(run.mesh), prefetch=1)
+    fetched = [
+      jax.device_get(self._step(ema, jnp.int32(i), next(batches).latents))
+      for i in range(run.config.log.validation_batches)
+    ]
+    total = add_up(fetched)
+    values = means(total, "validation/")
+    run.writer.scalars(step, values)
+    print(f"step {step} held-out loss {values['validation/loss']:.5f}", flush=True)
+
+
+class Videos:
+  """Rolls out held-out videos and shows them beside the truth."""
+
+  def __init__(self, run: Run):
+    self._run = run
+
+  def due(self, step: int) -> bool:
+    """Whether to run after `step` steps."""
+    config = self._run.config
+    last = step == config.train.steps
+    return bool(config.log.videos) and (step % config.log.videos_every == 0 or last)
+
+  def __call__(self, step: int, ema: Any) -> None:
+    run, sample = self._run, self._run.config.sample
+    frames = run.config.data.frames
+    count = min(run.config.log.videos, len(run.validation))
+    rows = next(pipeline.batches(
+      run.validation, frames=frames, interval=tuple(run.config.data.interval), batch_size=count,
+      seed=run.config.seed))
+    codec = run.recipe.codec
+    truth = codec.decode(rows.latents)
+    model = weights_lib.Weights(run.recipe.model, _on_one_device(ema), codec,
+                                run.config.to_dict(), run.workdir)
+    new = model.continue_video(truth[:, :sample.history], frames - sample.history,
+                               rng=jax.random.key(run.config.seed))
+    predicted = np.concatenate([truth[:, :sample.history], new], axis=1)
+    scale = max(1, 128 // truth.shape[2])
+    for i in range(count):
+      columns = {"truth": truth[i], "prediction": predicted[i]}
+      shown = video.side_by_side(columns, scale=scale, history=sample.history)
+      path = run.writer.video(step, f"rollout_{i}", shown, fps=8.0)
+    print(f"step {step} wrote {count} rollouts like {path}", flush=True)
+
+
+def _on_one_device(tree: Any) -> Any:
+  return jax.device_put(jax.device_get(tree), jax.local_devices()[0])
+
+
+def _latent_shape(run: Run) -> tuple[int, int, int, int]:
+  return (run.config.data.frames, *run.source.info.latent_shape)
