@@ -19,7 +19,7 @@ def get_config():
   c.data.validation_videos = 256
   c.codec.block = 8  # with patches of 2x2 cells, a frame is 16 patches of 16x16 px
   c.codec.shift = 0.08  # about the background
-  c.codec.scale = 2.0
+  c.codec.scale = 1.0
 
   c.world.size = 64
   c.world.frames = 16
@@ -39,6 +39,6 @@ def get_config():
   c.train.steps = 10_000
   c.train.batch_size = 8
   c.train.ema_decay = 0.999
-  c.optimizer.learning_rate = 2e-3
+  c.optimizer.learning_rate = 1.5e-3
   c.optimizer.warmup_steps = 100
   return c

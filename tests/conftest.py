@@ -10,12 +10,43 @@ from absl import flags
 import jax
 import pytest
 
+import tiny_run
+
 
 def pytest_configure() -> None:
   # Otherwise a test on an accelerator would compare products in bfloat16 or tf32.
   jax.config.update("jax_default_matmul_precision", "highest")
   # Worker processes of grain want parsed flags, and pytest parses none.
   flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory) -> None:
+  """Tests, and the commands that they start, compile the same program once a session."""
+  folder = str(tmp_path_factory.mktemp("compiled_programs"))
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+  os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # as here, or it is another program
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> pathlib.Path:
+  """A folder with the encoded data set of `tiny_run.config`."""
+  return pathlib.Path(tiny_run.encoded(tmp_path_factory.mktemp("tiny")).data.path)
+
+
+@pytest.fixture
+def tiny(tiny_data):
+  """The configuration of a run of seconds, its data set written; the test's own copy."""
+  return tiny_run.config(tiny_data)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_data) -> tiny_run.Finished:
+  """A run of the command `videogpt_jax.main` that nothing interrupted."""
+  return tiny_run.finished(tmp_path_factory.mktemp("finished"), tiny_data)
 
 
 @pytest.fixture(scope="session")

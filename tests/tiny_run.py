@@ -1,8 +1,14 @@
 """A configuration and data set so small that whole runs fit into a test."""
 
+import dataclasses
+import pathlib
 import subprocess
 import sys
 
+from flax import traverse_util
+import numpy as np
+
+from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
 from videogpt_jax import encode
 
@@ -28,7 +34,7 @@ def config(folder):
   c.model.num_layers = 2
   c.model.num_heads = c.model.num_kv_heads = 2
   c.train.steps = 12
-  c.train.batch_size = 4
+  c.train.batch_size = 8
   c.optimizer.warmup_steps = 2
   c.checkpoint.every = 3
   c.log.every = 2
@@ -63,3 +69,40 @@ def run(module, *arguments, **kwargs):
   return subprocess.run(
     [sys.executable, "-m", f"videogpt_jax.{module}", *map(str, arguments)],
     capture_output=True, text=True, timeout=300, check=False, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+  """A training run of 24 steps by the command, from the first to the last."""
+
+  config_file: pathlib.Path
+  workdir: pathlib.Path
+  result: subprocess.CompletedProcess
+
+
+def finished(folder, data):
+  """Runs `videogpt_jax.main` to its end on the data set `data`."""
+  c = config(data)
+  c.train.steps = c.log.videos_every = 24
+  c.log.validate_every = 12
+  file, workdir = config_file(c, folder / "config.py"), folder / "run"
+  result = run("main", f"--config={file}", f"--workdir={workdir}", "--config.platform=cpu")
+  assert result.returncode == 0, result.stderr
+  return Finished(file, workdir, result)
+
+
+def saved_state(workdir):
+  """Every array of the newest checkpoint, by its path in the train state."""
+  names = ("step", "params", "ema", "opt_state", "bad_steps", "skipped")
+  tree = {name: checkpoint.load_params(workdir, name)[0] for name in names}
+  return traverse_util.flatten_dict(tree, sep="/")
+
+
+def assert_same_state(workdir, other):
+  """The newest checkpoints of two runs hold the same bits."""
+  ours, theirs = saved_state(workdir), saved_state(other)
+  assert ours.keys() == theirs.keys()
+  assert sum(np.size(x) for x in ours.values()) > 1000
+  for name, value in ours.items():
+    assert value.dtype == theirs[name].dtype, name
+    np.testing.assert_array_equal(value, theirs[name], err_msg=name)

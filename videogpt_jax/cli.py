@@ -22,7 +22,7 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
   def guarded(args: Sequence[str]) -> None:
     if len(args) > 1:
       raise InputError(f"unexpected argument {args[1]!r}; options start with `--` (see --help)")
-    if flags.FLAGS["verbosity"].using_default_value:
+    if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # absl's default would show all that orbax does
     main()
 
@@ -35,14 +35,21 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
-    return flags.FLAGS(list(argv))
-  except (flags.Error, AttributeError, KeyError) as error:  # unknown leaves of --config
+    remaining = flags.FLAGS(list(argv))
+    if "config" in flags.FLAGS:
+      hasattr(flags.FLAGS.config, "keys")  # raises what hindered the file's loading, if anything
+    return remaining
+  except (flags.Error, AttributeError, KeyError, OSError) as error:  # unknown leaves of --config
     raise InputError(_plain(error)) from error
 
 
 def _plain(error: Exception) -> str:
-  """The message without the quotes that KeyError and ml_collections put around it."""
+  """The message without the quotes that KeyError and ml_collections put around it.
+
+  Of a whole traceback in the message the first and the last line are kept.
+  """
   text = error.args[0] if error.args else error
   while isinstance(text, BaseException) and text.args:
     text = text.args[0]
-  return str(text).replace("\n", "; ")
+  lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+  return "; ".join(lines if len(lines) <= 2 else (lines[0].rstrip(":"), lines[-1]))

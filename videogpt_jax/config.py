@@ -5,6 +5,10 @@ modules never see a `ConfigDict`: the functions at the end turn its sections int
 small frozen dataclasses that those modules take.
 """
 
+from collections.abc import Iterator
+import difflib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -141,6 +145,7 @@ def validate(config: ConfigDict) -> None:
   Raises:
     InputError: the first value that makes no sense, and what would.
   """
+  _validate_leaves(config)
   positive = ("model.hidden_size", "model.intermediate_size", "model.num_layers",
               "model.num_heads", "model.num_kv_heads", "model.patch_size", "model.vocab_size",
               "model.pos_embed_max_size", "data.height", "data.width", "data.stride",
@@ -164,6 +169,46 @@ def validate(config: ConfigDict) -> None:
                      f"config.train.accumulation {config.train.accumulation} microbatches")
   if not 0 <= config.train.ema_decay < 1:
     raise InputError(f"config.train.ema_decay must be in [0, 1), got {config.train.ema_decay}")
+
+
+def _validate_leaves(config: ConfigDict) -> None:
+  """Names and types, which flags get right but configuration files may not."""
+  known, given = (dict(_leaves(tree.to_dict())) for tree in (default(), config))
+  for name in given.keys() - known.keys():
+    nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
+    raise InputError(f"config.{name} does not exist; the nearest that does is config.{nearest}")
+  for name, standard in known.items():
+    if name not in given:
+      raise InputError(f"config.{name} is missing; start from videogpt_jax.config.default()")
+    value = given[name]
+    if not _alike(value, standard):
+      raise InputError(f"config.{name} must be {_kind(standard)}, got {value!r}")
+  if len(config.data.interval) != 2:
+    raise InputError(f"config.data.interval must be (lo, hi), got {tuple(config.data.interval)}")
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value
+
+
+def _alike(value: Any, standard: Any) -> bool:
+  """Whether a value has the type of the standard one, or one that does as well."""
+  if isinstance(standard, tuple):
+    return isinstance(value, (tuple, list)) and all(_alike(x, standard[0]) for x in value)
+  if isinstance(standard, float):
+    return isinstance(value, (float, int)) and not isinstance(value, bool)
+  return type(value) is type(standard)
+
+
+def _kind(standard: Any) -> str:
+  if isinstance(standard, tuple):
+    return f"a tuple like {standard}"
+  return {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[
+    type(standard)]
 
 
 def _validate_model(config: ConfigDict) -> None:

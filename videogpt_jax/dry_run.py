@@ -1,5 +1,7 @@
 """What a configuration would cost, before anything expensive."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -27,7 +29,8 @@ def report(config: ConfigDict) -> str:
   state = step_lib.abstract_state(recipe, mesh)
   batch = jax.ShapeDtypeStruct((config.train.batch_size, *latents), jnp.dtype(codec.dtype))
   with sharding.use(mesh):
-    memory = step_lib.compile_step(recipe, mesh).lower(state, batch).compile().memory_analysis()
+    compiled = step_lib.compile_step(recipe, mesh).lower(state, batch).compile()
+  memory: Any = compiled.memory_analysis()
   lines = ["resolved configuration:", str(config), "parameters:"]
   lines += [f"  {name:<12}{count:>16,}" for name, count in counts.items()]
   lines += [

@@ -16,13 +16,10 @@ import concurrent.futures
 import concurrent.futures.process
 import dataclasses
 import multiprocessing
-import multiprocessing.connection
 from multiprocessing.context import SpawnContext
 import os
 from pathlib import Path
-import signal
 import sys
-import threading
 import time
 from typing import Any
 
@@ -35,6 +32,7 @@ from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
 from videogpt_jax.data import clips
 from videogpt_jax.data import store
+from videogpt_jax.data import worker
 from videogpt_jax.errors import InputError
 
 _POLL_S = 0.5  # between looks at the other processes
@@ -208,15 +206,7 @@ _worker: dict[str, Any] = {}  # what `_start_worker` was given; in worker proces
 
 def _start_worker(job: _Job, shards: Sequence[tuple[str, int]], shared: _Shared) -> None:
   _worker.update(job=job, shards=shards, shared=shared)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and sets shared.stop
-  threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-  multiprocessing.connection.wait([parent.sentinel])
-  os._exit(1)  # the parent was killed: nobody else would stop this process
+  worker.obey_parent()  # the parent decides, and sets shared.stop
 
 
 def _work() -> None:

@@ -24,9 +24,13 @@ def main() -> None:
   if _CONFIG.value is None:
     raise InputError("--config is missing, for example --config=configs/tiny.py")
   config = _CONFIG.value
+  config_lib.validate(config)
   if config.platform:
     jax.config.update("jax_platforms", config.platform)
-  config_lib.validate(config)
+    try:
+      jax.devices()
+    except RuntimeError as error:
+      raise InputError(f"config.platform is {config.platform!r}: {error}") from error
   if _DRY_RUN.value:
     print(dry_run.report(config))
     return
@@ -35,7 +39,7 @@ def main() -> None:
   from videogpt_jax import train  # after the flags: it starts jax and reads data packages
 
   done = train.train(config, _WORKDIR.value)
-  print(f"finished at step {done}; the run is in {_WORKDIR.value}")
+  print(f"{done} steps of {config.train.steps} done; the run is in {_WORKDIR.value}")
 
 
 if __name__ == "__main__":

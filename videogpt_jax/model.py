@@ -120,7 +120,7 @@ class PatchEmbed(nn.Module):
     w = backbone.kernel(self, "kernel", (p, p, c.channels, D), axes, (0, 1, 2))
     bias = _bias(self, "bias", (D,), ("embed",))
     x = einops.rearrange(frames, "B N (y p) (x q) C -> B N (y x) p q C", p=p, q=p)
-    x = jnp.einsum("BNPpqC,pqCD->BNPD", x.astype(c.backbone.dtype), w.astype(c.backbone.dtype))
+    x = backbone.contract(x.astype(c.backbone.dtype), w, axes=3)
     rows, columns = frames.shape[2] // p, frames.shape[3] // p
     table = position_table(D, c.pos_embed_max_size, rows, columns)
     return x + (bias + table).astype(c.backbone.dtype)
@@ -158,7 +158,7 @@ class FinalLayer(nn.Module):
     modulation = jnp.einsum("BND,DKE->BNKE", nn.silu(time_BND), w_mod) + b_mod
     x = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False)(x_BNPD.astype(jnp.float32))
     x = x * (1 + modulation[:, :, None, 1]) + modulation[:, :, None, 0]
-    return x @ w_out + _bias(self, "bias", (size,), ("patch_out",))
+    return backbone.contract(x, w_out) + _bias(self, "bias", (size,), ("patch_out",))
 
 
 class VideoGPT(nn.Module):

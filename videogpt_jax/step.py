@@ -50,8 +50,9 @@ class OptimizerConfig:
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
   """Learning rate by optimizer step."""
-  warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-  shifted = lambda step: warmup(step + 1)  # the first step moves already
+  # The first step moves already: with one warm-up step or none, at the full rate.
+  warmup = optax.linear_schedule(0.0, config.learning_rate, max(1, config.warmup_steps))
+  shifted = lambda step: warmup(step + 1)
   if not config.cooldown_steps:
     return shifted
   begin = config.total_steps - config.cooldown_steps

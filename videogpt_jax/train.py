@@ -7,6 +7,7 @@ checkpoint. The data position is the step, so a resumed run continues bit for bi
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -60,52 +61,43 @@ def train(config: ConfigDict, workdir: str) -> int:
   source, validation = open_data(config)
   recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
-  checkpoints = checkpoint.Checkpoints(
+  opened = checkpoint.Checkpoints(
     workdir, keep=config.checkpoint.keep, save_every=config.checkpoint.every
   )
-  state = find_state(config, recipe, mesh, checkpoints, source.fingerprint)
-  start = int(state.step)
-  writer = telemetry.Writer(workdir, start + 1)
-  run = Run(config, workdir, recipe, mesh, source, validation, writer)
-  try:
-    with sharding.use(mesh), stop_signal() as stop:
-      return _loop(run, state, start, checkpoints, stop)
-  finally:
-    checkpoints.close()
-    writer.close()
+  with contextlib.closing(opened) as checkpoints:
+    state = find_state(config, recipe, mesh, checkpoints, source.fingerprint)
+    start = int(state.step)
+    with contextlib.closing(telemetry.Writer(workdir, start + 1)) as writer:
+      run = Run(config, workdir, recipe, mesh, source, validation, writer)
+      with sharding.use(mesh), stop_signal() as stop:
+        return _loop(run, state, start, checkpoints, stop)
 
 
 def _loop(run: Run, state: step_lib.TrainState, start: int,
           checkpoints: checkpoint.Checkpoints, stop: threading.Event) -> int:
-  config, steps = run.config, run.config.train.steps
+  steps = run.config.train.steps
   train_step = step_lib.compile_step(run.recipe, run.mesh)
   evaluators = (Validation(run), Videos(run))
   log = TrainLog(run, start)
-  waiting = telemetry.Stopwatch()
   batches = training_batches(run, start)
-  previous = None
   done = start
   while done < steps and not stop.is_set():
-    with waiting:
+    with log.waiting:
       batch = next(batches)
     state, metrics = train_step(state, batch.latents)
     done += 1
-    if previous is not None:  # one step late: the device is at work on the next one
-      log.add(previous)
-    previous = metrics
-    if done == start + 1:
-      log.first_step(metrics)
-    if done % config.log.every == 0 or done == steps:
-      log.write(done, waiting.take())
+    log.add(done, metrics)
+    due = [evaluator for evaluator in evaluators if evaluator.due(done)]
+    save = checkpoints.due(done) and done < steps
+    if due or save:  # they wait for the device anyway
+      log.catch_up()
     with log.progress.paused():
-      for evaluator in evaluators:
-        if evaluator.due(done):
-          evaluator(done, state.ema)
-      if checkpoints.due(done) and done < steps:
+      for evaluator in due:
+        evaluator(done, state.ema)
+      if save:
         checkpoints.save(done, state, run.extra())
       checkpoints.check()
-  if previous is not None:
-    log.add(previous)
+  log.catch_up()
   checkpoints.save(done, state, run.extra(), wait=True)
   if stop.is_set() and done < steps:
     print(f"stopped by a signal after step {done}; the same command goes on from here", flush=True)
@@ -162,21 +154,20 @@ def find_state(config: ConfigDict, recipe: step_lib.Recipe, mesh: jax.sharding.M
     assert restored is not None
     print(f"resuming {checkpoints.directory.parent} at step {restored[0]}", flush=True)
     return restored[1]
+  if not config.checkpoint.init_from:
+    return step_lib.create_state(recipe, mesh)
+  loaded = weights_lib.load(config.checkpoint.init_from)
+  params = jax.tree.map(_fit, loaded.params, step_lib.abstract_state(recipe, mesh).params)
+  print(f"starting from the weights of {config.checkpoint.init_from}", flush=True)
   state = step_lib.create_state(recipe, mesh)
-  if config.checkpoint.init_from:
-    loaded = weights_lib.load(config.checkpoint.init_from)
-    put = lambda new, old: _same_shape(new, old)
-    params = jax.tree.map(put, loaded.params, state.params)
-    print(f"starting from the weights of {config.checkpoint.init_from}", flush=True)
-    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
-  return state
+  return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
 
-def _same_shape(new: jax.Array, old: jax.Array) -> jax.Array:
-  if new.shape != old.shape:
+def _fit(loaded: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+  if loaded.shape != wanted.shape:
     raise InputError(f"config.checkpoint.init_from holds another model: a parameter of shape "
-                     f"{new.shape} where {old.shape} is needed")
-  return jax.device_put(new.astype(old.dtype), old.sharding)
+                     f"{loaded.shape} where {wanted.shape} is needed")
+  return jax.device_put(loaded.astype(wanted.dtype), wanted.sharding)
 
 
 def training_batches(run: Run, start: int) -> Iterator[pipeline.Batch]:
@@ -231,11 +222,12 @@ def means(sums: dict[str, np.ndarray], prefix: str = "") -> dict[str, float]:
 
 
 class TrainLog:
-  """Gathers the metrics of steps and writes them at the cadence of the log."""
+  """Fetches the metrics of steps, one step late, and writes them at the cadence of the log."""
 
   def __init__(self, run: Run, start: int):
     self._run = run
-    self._pending: list[step_lib.Metrics] = []
+    self._late: tuple[int, step_lib.Metrics] | None = None
+    self._fetched: list[dict[str, np.ndarray]] = []
     self._schedule = step_lib.learning_rate(run.recipe.optimizer)
     cost = flops.training(run.recipe.model, run.recipe.objective, run.config.train.batch_size,
                           _latent_shape(run))
@@ -244,46 +236,59 @@ class TrainLog:
     self.progress = telemetry.Progress(
       run.config.train.steps, start, tokens_per_step=cost.tokens, flops_per_step=cost.total,
       peak_flops=peak * jax.device_count() if peak else None)
+    self.waiting = telemetry.Stopwatch()  # of the loop, for data
     self._began = time.perf_counter()
     self._seconds_before = run.writer.last("train_seconds")  # of the runs that this one resumes
     self._start = start
 
-  def first_step(self, metrics: step_lib.Metrics) -> None:
-    """Starts the clock when the first step is done, so that compilation is not counted."""
-    jax.block_until_ready(metrics)
-    seconds = time.perf_counter() - self._began
-    print(f"first step done after {seconds:.1f} s (compilation included)", flush=True)
-    self.progress.start(self._start + 1)
+  def add(self, step: int, metrics: step_lib.Metrics) -> None:
+    """Takes the metrics of a step under way, and fetches those of the step before."""
+    self.catch_up()
+    self._late = step, metrics
+    if step == self._start + 1:  # the clock starts when compilation is over
+      jax.block_until_ready(metrics)
+      seconds = time.perf_counter() - self._began
+      print(f"first step done after {seconds:.1f} s (compilation included)", flush=True)
+      self.progress.start(step)
+      self.waiting.take()
 
-  def add(self, metrics: step_lib.Metrics) -> None:
-    """Fetches the metrics of one finished step."""
-    fetched = jax.device_get(metrics)
-    self._pending.append(fetched)
-    bad = int(fetched["bad_steps"])
+  def catch_up(self) -> None:
+    """Fetches the metrics that were left on the device; waits for their step.
+
+    Raises:
+      InputError: too many updates in a row were not finite.
+    """
+    if self._late is None:
+      return
+    step, metrics = self._late
+    self._late = None
+    self._fetched.append(jax.device_get(metrics))
+    config, bad = self._run.config, int(self._fetched[-1]["bad_steps"])
     if bad:
-      logging.warning("loss or gradient is not finite: update skipped (%d in a row)", bad)
-    if bad >= self._run.config.train.max_bad_steps:
+      logging.warning("step %d: loss or gradient is not finite, update skipped (%d in a row)",
+                      step, bad)
+    if step % config.log.every == 0 or step == config.train.steps:
+      self._write(step)
+    if bad >= config.train.max_bad_steps:
       raise InputError(
         f"{bad} updates in a row had a non-finite loss or gradient; the last checkpoint is "
         "intact: lower config.optimizer.learning_rate or look at the data, then go on from it")
 
-  def write(self, done: int, wait_seconds: float) -> None:
-    """One line, TensorBoard and JSONL for the steps gathered since the last one."""
-    if not self._pending:
-      return
-    total = add_up(self._pending)
+  def _write(self, step: int) -> None:
+    """One line, TensorBoard and JSONL for the steps fetched since the last one."""
+    total = add_up(self._fetched)
     values = means(total)
-    values["grad_norm"] = float(total["grad_norm"] / len(self._pending))
-    values["learning_rate"] = float(self._schedule(done - 1))
-    values["skipped"] = float(self._pending[-1]["skipped"])
-    self._pending.clear()
-    speed = self.progress.update(done, wait_seconds)
+    values["grad_norm"] = float(total["grad_norm"] / len(self._fetched))
+    values["learning_rate"] = float(self._schedule(step - 1))
+    values["skipped"] = float(self._fetched[-1]["skipped"])
+    self._fetched.clear()
+    speed = self.progress.update(step, self.waiting.take())
     seconds = self._seconds_before + time.perf_counter() - self._began
-    self._run.writer.scalars(done, {**values, **speed, "train_seconds": seconds})
+    self._run.writer.scalars(step, {**values, **speed, "train_seconds": seconds})
     shown = {"loss": values["loss"], "gnorm": values["grad_norm"], "lr": values["learning_rate"]}
     if values["skipped"]:
       shown["skipped"] = values["skipped"]
-    print(self.progress.line(done, shown, speed), flush=True)
+    print(self.progress.line(step, shown, speed), flush=True)
 
 
 class Validation:

@@ -59,10 +59,6 @@ def test_mse_by_hand():
   assert frames.psnr(predicted, truth)[0] == pytest.approx(10 * np.log10(12))
 
 
-def test_mean_psnr_stays_finite_with_equal_frames():
-  assert frames.mean_psnr(np.array([np.inf, 20.0])) == pytest.approx(60.0)
-
-
 def test_bad_frames_are_refused():
   good = np.zeros((2, 16, 16, 3), np.uint8)
   with pytest.raises(InputError, match="cannot be compared"):

@@ -10,6 +10,7 @@ import collections
 from collections.abc import Iterator
 import dataclasses
 import functools
+import signal
 from typing import Any, NamedTuple, Protocol
 
 from absl import flags
@@ -19,6 +20,7 @@ import jax
 from jaxtyping import Int32, Int64, Shaped
 import numpy as np
 
+from videogpt_jax.data import worker
 from videogpt_jax.errors import InputError
 
 # Streams of random numbers of a seed; a row's segment never depends on its epoch's order.
@@ -239,9 +241,15 @@ def batches(
     flags.FLAGS.mark_as_parsed()
   if workers:
     dataset = dataset.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, prefetch))
+      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, prefetch)),
+      worker_init_fn=_start_worker,
     )
   return iter(dataset)
+
+
+def _start_worker(index: int, count: int) -> None:
+  del index, count
+  worker.obey_parent(signal.SIGTERM)  # the parent may still need a batch; grain stops its workers
 
 
 def to_device(

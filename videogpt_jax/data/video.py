@@ -3,7 +3,7 @@
 Frames are uint8 [T, H, W, 3]; files are decoded and encoded by PyAV, pictures by Pillow.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import fractions
 import io
@@ -20,9 +20,10 @@ from PIL import ImageFont
 
 from videogpt_jax.errors import InputError
 
-SUFFIXES = frozenset(
-  ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
-)
+SUFFIXES = frozenset((
+  ".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg",
+  ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
+))
 _DEFAULT_FPS = 25.0  # of a stream that states none
 _CRF = "12"  # x264: hard to tell from the original
 _PAPER, _INK, _GIVEN, _PREDICTED = (255, 255, 255), (60, 60, 60), (255, 255, 255), (230, 120, 30)
@@ -56,36 +57,55 @@ def find_videos(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
   return paths
 
 
-def read(path: str | os.PathLike[str], *, stride: int = 1, max_frames: int | None = None) -> Video:
-  """Decodes the first video stream of a file.
+def read(
+    path: str | os.PathLike[str],
+    *,
+    stride: int = 1,
+    max_frames: int | None = None,
+    transform: Callable[[UInt8[np.ndarray, "H W 3"]], UInt8[np.ndarray, "h w 3"]] | None = None,
+) -> Video:
+  """Decodes the first video stream of a file, turned upright.
 
   Args:
     path: any container PyAV opens.
     stride: every stride-th frame is kept.
     max_frames: stop after so many kept frames.
+    transform: applied to every kept frame as it is decoded, so that a long video of large
+      frames never lies in memory whole; may refuse it by an `InputError`.
+
+  Returns:
+    The kept frames and their rate: the file's over `stride`.
 
   Raises:
-    VideoError: not a video, damaged or cut short, no video stream, no frames.
+    VideoError: not a video, damaged, cut short (as its index shows), no video stream, no
+      frames.
   """
   frames: list[np.ndarray] = []
+  shape = None
   try:
     with av.open(os.fspath(path)) as container:
       if not container.streams.video:
         raise VideoError("no video stream")
       stream = container.streams.video[0]
-      stream.thread_type = "AUTO"
+      stream.thread_type = "SLICE"  # threads by frame would lose some of the marks of damage
       rate = stream.average_rate or stream.guessed_rate or fractions.Fraction(_DEFAULT_FPS)
-      expected = stream.frames
+      _check_index(stream, container.size)
       decoded = 0
-      for frame in container.decode(stream):
-        if decoded % stride == 0:
+      for decoded, frame in enumerate(container.decode(stream), start=1):
+        if frame.is_corrupt:
+          raise VideoError(f"damaged: frame {decoded}")
+        if (decoded - 1) % stride == 0:
           if max_frames is not None and len(frames) == max_frames:
             break
-          frames.append(frame.to_ndarray(format="rgb24"))
-        decoded += 1
-      else:  # the stream ended: was all there that the container announced?
-        if decoded < expected:
-          raise VideoError(f"cut short: {decoded} of {expected} frames can be decoded")
+          pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+          if shape is not None and pixels.shape != shape:
+            raise VideoError("frames change their size")
+          shape = pixels.shape
+          frames.append(pixels if transform is None else transform(pixels))
+      else:  # the stream ended: was all there that the header announced?
+        # An edit list (of a trimmed mp4 or mov) rightly hides some of the announced frames.
+        if decoded < stream.frames and "mov" not in container.format.name:
+          raise VideoError(f"cut short: {decoded} of {stream.frames} frames can be decoded")
   except (av.FFmpegError, OSError) as error:
     reason = error.strerror or str(error)
     if frames:
@@ -93,9 +113,14 @@ def read(path: str | os.PathLike[str], *, stride: int = 1, max_frames: int | Non
     raise VideoError(f"not a video that can be read: {reason}") from error
   if not frames:
     raise VideoError("no frames")
-  if any(frame.shape != frames[0].shape for frame in frames):
-    raise VideoError("frames change their size")
   return Video(np.stack(frames), float(rate) / stride)
+
+
+def _check_index(stream: av.VideoStream, size: int) -> None:
+  """Raises `VideoError` if the container's index leads beyond its `size` in bytes."""
+  end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+  if end > size >= 0:
+    raise VideoError(f"cut short: {size} bytes of at least {end}")
 
 
 def write_mp4(path: str | os.PathLike[str], frames: UInt8[np.ndarray, "T H W 3"], fps: float,

@@ -12,6 +12,7 @@ frames, O objects, S = size.
 
 from collections.abc import Iterable, Sequence
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -276,7 +277,7 @@ def write_videos(
   """Writes one mp4 file (lossless H.264) per seed, `world_SEED.mp4`; returns the paths.
 
   Raises:
-    InputError: as `simulate`; or the folder cannot be written.
+    InputError: as `simulate`; or the folder is missing or cannot be written.
   """
   folder = pathlib.Path(folder)
   paths = []
@@ -395,12 +396,12 @@ def _distance(
   if item.shape == "ball":
     return np.sqrt(dx[:, None, :] ** 2 + dy[:, :, None] ** 2) - np.float32(item.radius)
   sides = _SIDES[item.shape]
-  nearest = None
+  lines = []
   for k in range(sides):
     normal = angles + np.float32(2 * math.pi * k / sides)
     along = (np.cos(normal)[:, None] * dx)[:, None, :] + (np.sin(normal)[:, None] * dy)[:, :, None]
-    nearest = along if nearest is None else np.maximum(nearest, along)
-  return nearest - np.float32(item.radius * math.cos(math.pi / sides))
+    lines.append(along)
+  return functools.reduce(np.maximum, lines) - np.float32(item.radius * math.cos(math.pi / sides))
 
 
 def _occluder_columns(settings: Settings) -> slice:

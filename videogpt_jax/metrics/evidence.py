@@ -26,6 +26,7 @@ from videogpt_jax.metrics import world as detector
 MODEL = "model"
 GIF_COLUMNS = ("constant_velocity", "copy_last")  # baselines shown beside truth and model
 
+_EQUAL_PSNR = 100.0  # dB that equal frames count; their infinite PSNR would swallow every mean
 _VISIBLE = 0.5  # share of an object's area that the truth must show for it to count
 
 # Takes histories uint8 [B, h, S, S, 3] and a number G, returns uint8 [B, G, S, S, 3].
@@ -213,7 +214,7 @@ def score(
     _position_error(p, sample, history, hidden)
     for p, sample in zip(predicted, samples, strict=True)
   ]
-  decibels = np.minimum(frame_metrics.psnr_from_mse(error), frame_metrics.EQUAL_PSNR)
+  decibels = np.minimum(frame_metrics.psnr_from_mse(error), _EQUAL_PSNR)
   return Scores(error, decibels, frame_metrics.ssim(predicted, truth), np.stack(position))
 
 
@@ -233,7 +234,9 @@ def plot(evidence: Evidence, path: str | pathlib.Path) -> None:
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
   lines, names = panels[0].get_legend_handles_labels()
-  figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+  figure.legend(
+    lines, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9
+  )
   videos = len(evidence.scores[MODEL].mse)
   figure.suptitle(
     f"{videos} held-out videos, {evidence.history} frames given"
@@ -250,7 +253,7 @@ def write_gifs(evidence: Evidence, folder: str | pathlib.Path) -> list[pathlib.P
   """Writes each example as a GIF, truth and predictions side by side; returns the paths."""
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  scale = max(1, 128 // evidence.settings.size)
+  scale = max(1, 192 // evidence.settings.size)
   paths = []
   for i, truth in enumerate(evidence.truth):
     columns = {"truth": truth}
@@ -278,7 +281,9 @@ def _draw_curve(panel: Any, evidence: Evidence, name: str, field: str, index: in
   counts = np.maximum(np.sum(np.isfinite(values), axis=0), 1)
   spread = np.sqrt(_mean((values - mean) ** 2, axis=0) / counts)
   panel.fill_between(x, mean - spread, mean + spread, color="#d1342f", alpha=0.18, linewidth=0)
-  panel.plot(x, mean, color="#d1342f", linewidth=2.6, marker="o", label=name, zorder=3)
+  panel.plot(
+    x, mean, color="#d1342f", linewidth=2.6, marker="o", label=name, zorder=3, clip_on=False
+  )
 
 
 def _predict_all(

@@ -6,13 +6,14 @@ full range. SSIM is the Gaussian variant of Wang et al. 2004 (11x11 window, sigm
 biased covariance, per channel, border cropped) as computed by scikit-image.
 """
 
+from collections.abc import Callable
+
 from jaxtyping import Float, UInt8
 import numpy as np
 from skimage import metrics as skimage_metrics
 
 from videogpt_jax.errors import InputError
 
-EQUAL_PSNR = 100.0  # dB that equal frames count in `mean_psnr`; 8-bit RGB comes near it
 _SSIM_WINDOW = 11
 
 
@@ -25,11 +26,7 @@ def mse(
     InputError: the shapes differ or the frames are not uint8 RGB.
   """
   _check(predicted, truth)
-  # one frame at a time: the float copies of a whole evaluation would be 16 times its bytes
-  lead = truth.shape[:-3]
-  pairs = zip(predicted.reshape(-1, *truth.shape[-3:]), truth.reshape(-1, *truth.shape[-3:]))
-  errors = [np.mean(np.square(p.astype(np.float64) - t)) for p, t in pairs]
-  return np.asarray(errors, np.float64).reshape(lead) / 255.0**2
+  return _by_frame(_mse_of_frame, predicted, truth)
 
 
 def psnr(
@@ -49,11 +46,6 @@ def psnr_from_mse(error: Float[np.ndarray, "*lead"]) -> Float[np.ndarray, "*lead
     return -10.0 * np.log10(error)
 
 
-def mean_psnr(decibels: Float[np.ndarray, "*lead"], axis: int = 0) -> Float[np.ndarray, "*rest"]:
-  """Mean of PSNRs along `axis`; an infinite one counts as `EQUAL_PSNR` dB."""
-  return np.minimum(decibels, EQUAL_PSNR).mean(axis)
-
-
 def ssim(
   predicted: UInt8[np.ndarray, "*lead H W 3"], truth: UInt8[np.ndarray, "*lead H W 3"]
 ) -> Float[np.ndarray, "*lead"]:
@@ -68,9 +60,20 @@ def ssim(
     raise InputError(
       f"SSIM needs frames of at least {_SSIM_WINDOW} px a side, got {height}x{width}"
     )
-  lead = truth.shape[:-3]
-  pairs = zip(predicted.reshape(-1, *truth.shape[-3:]), truth.reshape(-1, *truth.shape[-3:]))
-  return np.asarray([_ssim_of_frame(p, t) for p, t in pairs], np.float64).reshape(lead)
+  return _by_frame(_ssim_of_frame, predicted, truth)
+
+
+def _by_frame(
+  metric: Callable[[np.ndarray, np.ndarray], float], predicted: np.ndarray, truth: np.ndarray
+) -> np.ndarray:
+  # One frame at a time: as float64, a whole evaluation would take eight times its bytes.
+  frame = truth.shape[-3:]
+  pairs = zip(predicted.reshape(-1, *frame), truth.reshape(-1, *frame), strict=True)
+  return np.array([metric(p, t) for p, t in pairs], np.float64).reshape(truth.shape[:-3])
+
+
+def _mse_of_frame(predicted: np.ndarray, truth: np.ndarray) -> float:
+  return float(np.mean(np.square(predicted.astype(np.float64) - truth))) / 255.0**2
 
 
 def _ssim_of_frame(predicted: np.ndarray, truth: np.ndarray) -> float:

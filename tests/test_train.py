@@ -1,0 +1,470 @@
+"""The training loop and its step: what they compute, and how they start, stop and go on."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+import numpy as np
+import optax
+import pytest
+
+import tiny_run
+from videogpt_jax import checkpoint
+from videogpt_jax import config as config_lib
+from videogpt_jax import sharding
+from videogpt_jax import step as step_lib
+from videogpt_jax import telemetry
+from videogpt_jax import train
+from videogpt_jax.data import pipeline
+from videogpt_jax.errors import InputError
+
+# The step itself --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steps(tiny_data):
+  """Real batches, and the states and metrics of six train steps on them, by hand."""
+  c = tiny_run.config(tiny_data)
+  recipe, mesh = config_lib.recipe(c), sharding.make_mesh(c.mesh)
+  source, _ = train.open_data(c)
+  batches = pipeline.batches(source, frames=4, interval=(1, 1), batch_size=8, seed=c.seed)
+  stored = [next(batches).latents for _ in range(6)]
+  run = step_lib.compile_step(recipe, mesh)
+  with sharding.use(mesh):
+    state = step_lib.create_state(recipe, mesh)
+    states, metrics = [jax.device_get(state)], []
+    for batch in stored:
+      state, measured = run(state, batch)
+      states.append(jax.device_get(state))
+      metrics.append(jax.device_get(measured))
+  return recipe, mesh, run, stored, states, metrics
+
+
+def _copy(state):
+  """A state that a step may donate."""
+  return jax.tree.map(jnp.array, state)
+
+
+def _assert_equal(ours, theirs):
+  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_ema_follows_the_parameters_fast_at_first(steps):
+  *_, states, _ = steps
+  ema = states[0].params
+  for n, state in enumerate(states[1:]):
+    decay = min(0.999, (1 + n) / (10 + n))
+    ema = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, ema, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7),
+                 ema, state.ema)
+
+
+def test_a_step_counts_itself_and_moves_every_parameter(steps):
+  *_, states, metrics = steps
+  assert [int(state.step) for state in states] == list(range(7))
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), states[0].params, states[6].params)
+  still = [jax.tree_util.keystr(path) for path, value in jax.tree.leaves_with_path(moved)
+           if not value]
+  assert not still
+  assert all(int(m["skipped"]) == 0 and np.isfinite(m["grad_norm"]) for m in metrics)
+
+
+def test_loss_by_noise_and_by_clip_add_up_to_the_loss(steps):
+  for m in steps[-1]:
+    assert m["loss_count"] == 8 * 4  # every frame of every video once
+    for kind in ("noise", "clip"):
+      np.testing.assert_allclose(m[f"{kind}_sum"].sum(), m["loss_sum"], rtol=1e-5)
+      assert m[f"{kind}_count"].sum() == 32
+    assert m["clip_count"][0] >= 8  # every video has a first clip
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(steps):
+  _, mesh, run, stored, states, _ = steps
+  good = states[2]
+  bad = dataclasses.replace(good, params=jax.tree.map(lambda x: x * np.nan, good.params))
+  with sharding.use(mesh):
+    once, metrics = run(_copy(bad), stored[2])
+    once = jax.device_get(once)
+    assert (int(once.bad_steps), int(once.skipped), int(once.step)) == (1, 1, 3)
+    assert int(metrics["bad_steps"]) == 1
+    _assert_equal((once.params, once.ema, once.opt_state), (bad.params, bad.ema, bad.opt_state))
+    twice = jax.device_get(run(_copy(once), stored[3])[0])
+    assert (int(twice.bad_steps), int(twice.skipped)) == (2, 2)
+    # A good step ends the row of bad ones, not the count of all; it is as if they never were.
+    after = jax.device_get(run(_copy(dataclasses.replace(once, params=good.params, step=good.step)),
+                               stored[2])[0])
+  assert (int(after.bad_steps), int(after.skipped)) == (0, 1)
+  _assert_equal((after.params, after.ema, after.opt_state),
+                (states[3].params, states[3].ema, states[3].opt_state))
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch(steps):
+  """Both moments of Adam, after one step, are the gradient and its square."""
+  recipe, mesh, _, stored, states, metrics = steps
+  split = step_lib.compile_step(dataclasses.replace(recipe, accumulation=2), mesh)
+  with sharding.use(mesh):
+    state, measured = jax.device_get(split(_copy(states[0]), stored[0]))
+  _assert_same_gradient(state.opt_state, states[1].opt_state)
+  for name in ("loss_sum", "loss_count", "noise_sum", "noise_count", "clip_sum", "clip_count"):
+    np.testing.assert_allclose(measured[name], metrics[0][name], rtol=1e-5, atol=1e-6)
+
+
+def _assert_same_gradient(opt_state, expected):
+  """Compares Adam's moments, for optimizer states one step after the start."""
+  for moment in ("mu", "nu"):
+    ours, theirs = (optax.tree_utils.tree_get(s, moment) for s in (opt_state, expected))
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(theirs))
+    assert scale > 1e-6
+    jax.tree.map(lambda a, b, s=scale: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * s),
+                 ours, theirs)
+
+
+# The optimizer ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("warmup", "cooldown", "expected"), [
+  (4, 0, [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]),
+  (1, 0, [2.0] * 8),
+  (0, 0, [2.0] * 8),
+  (2, 4, [1.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5]),
+])
+def test_learning_rate(warmup, cooldown, expected):
+  schedule = step_lib.learning_rate(step_lib.OptimizerConfig(2.0, warmup, 8, cooldown))
+  np.testing.assert_allclose([schedule(n) for n in range(8)], expected)
+
+
+def test_adamw_with_decay_on_all_parameters_and_global_norm_clipping():
+  """Against the published formulas in float64, on gradients below and above the norm."""
+  config = step_lib.OptimizerConfig(learning_rate=0.1, warmup_steps=2, total_steps=10)
+  optimizer = step_lib.make_optimizer(config)
+  rng = np.random.default_rng(0)
+  params = {"scale": rng.normal(size=3), "kernel": rng.normal(size=(2, 3))}
+  ours = jax.tree.map(jnp.float32, params)
+  state = optimizer.init(ours)
+  m = jax.tree.map(np.zeros_like, params)
+  v = jax.tree.map(np.zeros_like, params)
+  for n, size in enumerate((0.01, 10.0, 0.3, 1e-3), start=1):
+    grads = jax.tree.map(lambda x, s=size: s * rng.normal(size=x.shape), params)
+    norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    assert (norm > 1) == (size == 10.0)
+    rate = 0.1 * min(1, n / 2)
+    for name, p in params.items():
+      g = grads[name] / max(norm, 1.0)
+      m[name] = 0.9 * m[name] + 0.1 * g
+      v[name] = 0.95 * v[name] + 0.05 * g**2
+      step = m[name] / (1 - 0.9**n) / (np.sqrt(v[name] / (1 - 0.95**n)) + 1e-8)
+      params[name] = p - rate * (step + 0.1 * p)
+    updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, ours)
+    ours = optax.apply_updates(ours, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), ours, params)
+
+
+# A whole run ------------------------------------------------------------------------------
+
+
+def test_the_loop_is_the_step_on_the_pipelines_batches(steps, finished):
+  """The command's log has the losses of the steps done by hand."""
+  *_, metrics = steps
+  lines = telemetry.read_metrics(finished.workdir / telemetry.METRICS_FILE)
+  for line in lines[:3]:
+    pair = metrics[line["step"] - 2:line["step"]]  # the log has a line for two steps
+    loss = sum(m["loss_sum"] for m in pair) / sum(m["loss_count"] for m in pair)
+    norm = sum(m["grad_norm"] for m in pair) / 2
+    assert (line["loss"], line["grad_norm"]) == pytest.approx((loss, norm), rel=1e-5)
+
+
+def test_log_lines_and_metrics(finished):
+  lines = re.findall(
+    r"^step (\d+)/24 +[\d.]+% \| loss ([\d.]+) \| gnorm [\d.]+ \| lr [\d.e-]+ \| [\d.]+ steps/s "
+    r"\| \d+ tok/s (?:\| mfu \d+% )?\| wait [\d.]+% \| rss \d+ MiB \| eta \S+$",
+    finished.result.stdout, re.M)
+  assert [int(step) for step, _ in lines] == list(range(2, 25, 2))
+  records = telemetry.read_metrics(finished.workdir / telemetry.METRICS_FILE)
+  training = [r for r in records if "loss" in r]
+  assert [r["step"] for r in training] == list(range(2, 25, 2))
+  for (_, shown), record in zip(lines, training, strict=True):
+    assert float(shown) == pytest.approx(record["loss"], rel=1e-3)
+    names = record.keys()
+    assert names >= {"loss", "grad_norm", "learning_rate", "skipped", "tokens_per_s",
+                     "steps_per_s", "data_wait", "host_rss_mib", "train_seconds"}
+    by_noise = [float(record[n]) for n in names if re.fullmatch(r"loss_by_noise/[0-4]", n)]
+    by_clip = [float(record[n]) for n in names if re.fullmatch(r"loss_by_clip/[0-7]", n)]
+    for group in (by_noise, by_clip):
+      assert min(group) <= record["loss"] <= max(group)
+  assert [r["step"] for r in records if "validation/loss" in r] == [12, 24]
+  assert training[-1]["learning_rate"] == pytest.approx(1e-3)
+  assert training[-1]["loss"] < 0.7 * training[0]["loss"]  # it learns
+
+
+def test_held_out_loss_is_repeatable(finished, tiny, tmp_path):
+  """The same parameters have the same held-out loss, whenever and how often it is taken."""
+  run = _open_run(tiny, tmp_path)
+  evaluate = train.Validation(run)
+  ema = _find_state(tiny, finished.workdir).ema
+  with sharding.use(run.mesh):
+    evaluate(1, ema)
+    evaluate(2, ema)
+  run.writer.close()
+  first, second = telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE)
+  told = telemetry.read_metrics(finished.workdir / telemetry.METRICS_FILE)[-1]
+  assert first["validation/loss"] == second["validation/loss"]
+  assert first["validation/loss"] == pytest.approx(told["validation/loss"], rel=1e-6)
+
+
+def _open_run(c, workdir):
+  source, validation = train.open_data(c)
+  return train.Run(c, str(workdir), config_lib.recipe(c), sharding.make_mesh(c.mesh), source,
+                   validation, telemetry.Writer(workdir))
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+  """Makes runs in this process get SIGTERM while a given step is computed."""
+
+  def at(step):
+    compile_step = step_lib.compile_step
+
+    def compile_and_interrupt(*arguments):
+      run = compile_step(*arguments)
+
+      def run_and_interrupt(state, stored):
+        state, metrics = run(state, stored)
+        if int(state.step) == step:
+          os.kill(os.getpid(), signal.SIGTERM)
+        return state, metrics
+
+      return run_and_interrupt
+
+    monkeypatch.setattr(step_lib, "compile_step", compile_and_interrupt)
+
+  return at
+
+
+def test_a_signal_saves_and_the_resumed_run_ends_with_the_same_bits(
+  tiny, tmp_path, interrupt, monkeypatch, capsys, finished
+):
+  tiny.train.steps, tiny.log.videos = 24, 0
+  before = signal.getsignal(signal.SIGTERM)
+  interrupt(8)
+  assert train.train(tiny, str(tmp_path)) == 8  # not a step that the cadence would save
+  monkeypatch.undo()
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert "stopped by a signal after step 8" in capsys.readouterr().out
+  assert int(tiny_run.saved_state(tmp_path)["step"]) == 8
+  tiny.checkpoint.init_from = str(tmp_path / "not there")  # a resume does not even look
+  assert train.train(tiny, str(tmp_path)) == 24
+  assert f"resuming {tmp_path} at step 8" in capsys.readouterr().out
+  tiny_run.assert_same_state(tmp_path, finished.workdir)
+  records = telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE)
+  told = telemetry.read_metrics(finished.workdir / telemetry.METRICS_FILE)
+  loss = lambda lines: [(r["step"], r.get("loss"), r.get("validation/loss")) for r in lines]
+  assert loss(records) == loss(told)
+
+
+def test_a_finished_run_is_left_as_it_is(finished, tmp_path, tiny, capsys):
+  tiny.train.steps = 24
+  before = {path: path.stat().st_mtime_ns for path in _files(finished.workdir)}
+  assert train.train(tiny, str(finished.workdir)) == 24
+  after = {path: path.stat().st_mtime_ns for path in _files(finished.workdir)}
+  assert before == after
+  assert "first step" not in capsys.readouterr().out
+
+
+def _files(workdir):
+  return [path for path in (workdir / checkpoint.FOLDER).rglob("*") if path.is_file()]
+
+
+# How a run starts -------------------------------------------------------------------------
+
+
+def _find_state(c, workdir):
+  """What a run would start from, and its step."""
+  source, _ = train.open_data(c)
+  checkpoints = checkpoint.Checkpoints(workdir, keep=2, save_every=3)
+  try:
+    recipe, mesh = config_lib.recipe(c), sharding.make_mesh(c.mesh)
+    return train.find_state(c, recipe, mesh, checkpoints, source.fingerprint)
+  finally:
+    checkpoints.close()
+
+
+def test_resume_goes_before_init_from_goes_before_scratch(tiny, finished, steps, tmp_path, capsys):
+  tiny.train.steps = 24
+  scratch = _find_state(tiny, tmp_path / "new")
+  _assert_equal(jax.device_get(scratch), steps[4][0])
+
+  tiny.checkpoint.init_from = str(finished.workdir)
+  started = jax.device_get(_find_state(tiny, tmp_path / "new"))
+  assert f"starting from the weights of {finished.workdir}" in capsys.readouterr().out
+  ema = checkpoint.load_params(finished.workdir, "ema")[0]
+  _assert_equal((started.params, started.ema), (ema, ema))
+  assert int(started.step) == 0
+  _assert_equal(started.opt_state, steps[4][0].opt_state)
+
+  tiny.checkpoint.init_from = str(tmp_path / "not there")
+  resumed = jax.device_get(_find_state(tiny, finished.workdir))
+  assert int(resumed.step) == 24
+  _assert_equal(resumed.params, checkpoint.load_params(finished.workdir, "params")[0])
+  with pytest.raises(InputError, match="not there"):
+    _find_state(tiny, tmp_path / "new")
+
+
+def test_init_from_another_model_is_refused(tiny, finished, tmp_path):
+  tiny.checkpoint.init_from = str(finished.workdir)
+  tiny.model.intermediate_size = 48
+  with pytest.raises(InputError, match="init_from holds another model"):
+    _find_state(tiny, tmp_path)
+
+
+def test_a_resume_with_another_model_or_other_data_is_refused(tiny, finished, tmp_path):
+  tiny.model.num_layers = 3
+  with pytest.raises(InputError, match=r"model\.num_layers is 3, in the checkpoint 2.*--workdir"):
+    train.train(tiny, str(finished.workdir))
+  tiny.model.num_layers, tiny.data.train_videos = 2, 10
+  tiny.data.path = str(tmp_path / "other")
+  tiny_run.encode.encode(tiny, processes=1)
+  with pytest.raises(InputError, match="the data has fingerprint"):
+    train.train(tiny, str(finished.workdir))
+
+
+# What can go wrong on the way -------------------------------------------------------------
+
+
+@pytest.fixture
+def poison(monkeypatch):
+  """Makes the loss of chosen steps NaN, by NaN parameters for the length of that step."""
+
+  def at(*bad):
+    compile_step = step_lib.compile_step
+
+    def compile_and_poison(*arguments):
+      run = compile_step(*arguments)
+
+      def run_poisoned(state, stored):
+        if int(state.step) + 1 not in bad:
+          return run(state, stored)
+        params = jax.tree.map(jnp.array, state.params)
+        nan = jax.tree.map(lambda x: x * jnp.nan, params)
+        state, metrics = run(dataclasses.replace(state, params=nan), stored)
+        return dataclasses.replace(state, params=params), metrics
+
+      return run_poisoned
+
+    monkeypatch.setattr(step_lib, "compile_step", compile_and_poison)
+
+  return at
+
+
+def test_nan_losses_are_skipped_and_too_many_stop_the_run(tiny, tmp_path, poison, monkeypatch,
+                                                          capsys):
+  tiny.train.max_bad_steps, tiny.log.videos, tiny.log.every = 3, 0, 1
+  poison(2, 3, 7, 8, 9, 10)  # two in a row are borne, three are not
+  with pytest.raises(InputError, match=r"3 updates in a row.*last checkpoint is intact"):
+    train.train(tiny, str(tmp_path))
+  records = telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE)
+  by_step = {r["step"]: r for r in records if "skipped" in r}
+  assert [by_step[n]["skipped"] for n in range(1, 8)] == [0, 1, 2, 2, 2, 2, 3]
+  assert by_step[2]["loss"] is None
+  assert by_step[4]["loss"] is not None
+  assert re.search(r"step 3/12 .*\| skipped 2 \|", capsys.readouterr().out)
+  state = tiny_run.saved_state(tmp_path)
+  assert int(state["step"]) in (6, 9)
+  assert all(np.isfinite(value).all() for value in state.values())
+  monkeypatch.undo()
+  assert train.train(tiny, str(tmp_path)) == 12  # and it goes on from there
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(tiny, tmp_path, finished):
+  tiny.train.steps, tiny.log.videos = 24, 0
+  shutil.copytree(finished.workdir, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / checkpoint.FOLDER / "24")
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  largest = max(path.stat().st_size for path in _files(tmp_path))
+  resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))  # no longer file can be written
+  try:
+    with pytest.raises(InputError, match=r"step 24 could not.*step 21 is whole.*free some space"):
+      train.train(tiny, str(tmp_path))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert int(tiny_run.saved_state(tmp_path)["step"]) == 21
+  assert train.train(tiny, str(tmp_path)) == 24
+  tiny_run.assert_same_state(tmp_path, finished.workdir)
+
+
+# Devices ----------------------------------------------------------------------------------
+
+_EIGHT = """
+import sys
+import jax
+import numpy as np
+import tiny_run
+from videogpt_jax import checkpoint, config, sharding, step, train
+from videogpt_jax.errors import InputError
+
+data, workdir, stored, out = sys.argv[1:]
+assert jax.device_count() == 8
+c = tiny_run.config(data)
+c.train.batch_size = 12
+try:
+  train.train(c, workdir)
+except InputError as error:
+  print(error)
+c.train.batch_size = 8
+recipe, mesh = config.recipe(c), sharding.make_mesh(c.mesh)
+checkpoints = checkpoint.Checkpoints(workdir, keep=2, save_every=1)
+state = train.find_state(c, recipe, mesh, checkpoints, train.open_data(c)[0].fingerprint)
+with sharding.use(mesh):
+  run, losses = step.compile_step(recipe, mesh), []
+  for batch in np.load(stored):
+    state, metrics = run(state, jax.device_put(batch, sharding.rows(mesh)))
+    assert len(state.step.sharding.device_set) == 8
+    losses.append(metrics["loss_sum"])
+    checkpoints.save(int(state.step), state, {"config": c.to_dict()})
+checkpoints.close()
+np.save(out, np.asarray(losses))
+"""
+
+
+def test_eight_devices_compute_what_one_does(tiny, steps, tmp_path):
+  """They go on from a checkpoint of one device, and one device reads theirs."""
+  *_, stored, states, metrics = steps
+  np.save(tmp_path / "stored.npy", np.stack(stored[:2]))
+  start = checkpoint.Checkpoints(tmp_path, keep=2, save_every=1)
+  start.save(0, states[0], {"config": tiny.to_dict(), "fingerprint":
+                            train.open_data(tiny)[0].fingerprint})
+  start.close()
+  result = subprocess.run(
+    [sys.executable, "-c", _EIGHT, tiny.data.path, str(tmp_path), str(tmp_path / "stored.npy"),
+     str(tmp_path / "losses.npy")],
+    env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+         "PYTHONPATH": str(pathlib.Path(__file__).parent)},
+    capture_output=True, text=True, timeout=300, check=False)
+  assert result.returncode == 0, result.stderr
+  refused = "batch_size 12 in 1 microbatch(es) of 12 rows does not divide among 8 devices"
+  assert refused in result.stdout
+  np.testing.assert_allclose(np.load(tmp_path / "losses.npy"),
+                             [m["loss_sum"] for m in metrics[:2]], rtol=1e-5)
+  moments = checkpoint.load_params(tmp_path / checkpoint.FOLDER / "1", "opt_state")[0]
+  _assert_same_gradient(moments, states[1].opt_state)
+
+
+@pytest.mark.parametrize(("batch", "parts", "fits"), [(8, 1, True), (8, 2, False), (16, 2, True),
+                                                      (6, 1, False)])
+def test_every_microbatch_divides_among_the_devices(tiny, batch, parts, fits):
+  tiny.train.batch_size, tiny.train.accumulation = batch, parts
+  mesh = AbstractMesh((4, 2, 1, 1), sharding.AXES)
+  if fits:
+    train.check_batch(tiny, mesh)
+  else:
+    with pytest.raises(InputError, match=f"{batch // parts} rows does not divide among 8 devices"):
+      train.check_batch(tiny, mesh)
