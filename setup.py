@@ -24,7 +24,8 @@ setuptools.setup(
   package_data={"videogpt_jax": ["pretrained/**"]},
   install_requires=[
     "absl-py>=2.3.1",
-    "av>=14",
+    "array-record>=0.8",
+    "av>=18",
     "chex>=0.1.90",
     "einops>=0.8",
     "etils[epath]>=1.9.1",

@@ -34,12 +34,13 @@ def get_config():
   c.model.num_layers = 4
   c.model.num_heads = c.model.num_kv_heads = 4
 
-  c.train.steps = 1500
+  c.sample.clip_frames = 1
+  c.train.steps = 1000
   c.train.batch_size = 8
   c.train.ema_decay = 0.99
   c.optimizer.learning_rate = 3e-3
   c.optimizer.warmup_steps = 50
-  c.optimizer.cooldown_steps = 500
+  c.optimizer.cooldown_steps = 400
   c.checkpoint.every = 250
   c.log.every = 25
   c.log.validate_every = 250

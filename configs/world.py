@@ -25,8 +25,9 @@ def get_config():
   c.world.frames = 16
   c.world.objects = (2, 4)
   c.world.radius = (4.0, 8.0)
-  c.world.speed = (0.9, 1.4)
-  c.world.gravity = 0.04
+  c.world.speed = (1.1, 1.9)
+  c.world.gravity = 0.05
+  c.world.elasticity = (0.95,)
 
   c.model.hidden_size = 192
   c.model.intermediate_size = 512

@@ -22,7 +22,7 @@ from videogpt_jax import weights
 from videogpt_jax.data import world
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "colabs" / "quickstart.ipynb"
-STEPS, HISTORY, FRAMES = 20, 4, 8
+STEPS, HISTORY, FRAMES = 30, 4, 8
 SHIPPED = [""] if pathlib.Path(weights.PRETRAINED).is_dir() else []
 SETTINGS = {
   "VIDEOS": 48,
@@ -59,6 +59,7 @@ def executed(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("IPYTHONDIR", str(folder / "ipython"))  # without the user's own settings
     patch.delenv("MPLBACKEND", raising=False)
+    patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # for so few steps, faster
     client.execute()
   return notebook, folder
 
@@ -202,7 +203,7 @@ def test_trains_and_saves(executed):
   notebook, folder = executed
   losses = json.loads((folder / "probe").read_text())["losses"]
   assert len(losses) == STEPS
-  assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+  assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
   (curve,) = [o for o in cell(notebook, "train").outputs if "data" in o]
   drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(curve.data["image/png"]))).convert("L"))
   assert drawn.std() > 0

@@ -253,7 +253,7 @@ def interrupt(monkeypatch):
 def test_a_signal_saves_and_the_resumed_run_ends_with_the_same_bits(
   tiny, tmp_path, interrupt, monkeypatch, capsys, finished
 ):
-  tiny.train.steps, tiny.log.videos = 24, 0
+  tiny.train.steps, tiny.log.videos, tiny.log.validate_every = 24, 0, 12
   before = signal.getsignal(signal.SIGTERM)
   interrupt(8)
   assert train.train(tiny, str(tmp_path)) == 8  # not a step that the cadence would save
@@ -446,8 +446,8 @@ def test_eight_devices_compute_what_one_does(tiny, steps, tmp_path):
   result = subprocess.run(
     [sys.executable, "-c", _EIGHT, tiny.data.path, str(tmp_path), str(tmp_path / "stored.npy"),
      str(tmp_path / "losses.npy")],
-    env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-         "PYTHONPATH": str(pathlib.Path(__file__).parent)},
+    env={**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] +
+         " --xla_force_host_platform_device_count=8", "PYTHONPATH": str(pathlib.Path(__file__).parent)},
     capture_output=True, text=True, timeout=300, check=False)
   assert result.returncode == 0, result.stderr
   refused = "batch_size 12 in 1 microbatch(es) of 12 rows does not divide among 8 devices"

@@ -29,115 +29,170 @@ def default() -> ConfigDict:
   c.name = ""
   c.seed = 0
   c.platform = ""  # "" takes jax's default; "cpu", "gpu" or "tpu" demands that one
-
-  c.model = ConfigDict()
-  c.model.hidden_size = 128
-  c.model.intermediate_size = 344
-  c.model.num_layers = 4
-  c.model.num_heads = 4
-  c.model.num_kv_heads = 4
-  c.model.patch_size = 2
-  c.model.vocab_size = 4  # rows of embed_tokens; the marker tokens are three of them
-  c.model.img_id = 1
-  c.model.end_img_id = 2
-  c.model.diff_id = 3
-  c.model.pos_embed_max_size = 192
-  c.model.rms_norm_eps = 1e-5
-  c.model.rope_theta = 10000.0
-  c.model.dtype = "auto"  # compute type: float32, bfloat16; auto: bfloat16 on accelerators
-  c.model.attention = "auto"  # reference, xla; auto picks by platform and length
-  c.model.remat = "none"  # none, dots, full
-
-  c.codec = ConfigDict()
-  c.codec.id = "pixels"
-  c.codec.block = 2
-  c.codec.scale = 2.0
-  c.codec.shift = 0.5
-
-  c.data = ConfigDict()
-  c.data.path = ""  # the latent data set: written by `encode`, read by `main`
-  c.data.source = "videos"  # what `encode` reads: "videos" (a folder) or "world"
-  c.data.videos = ""  # the folder of video files
-  c.data.height = 64  # frames are resized and centre-cropped to height x width px
-  c.data.width = 64
-  c.data.min_side = 16  # px; smaller source frames are refused
-  c.data.max_aspect = 4.0  # longer over shorter side; more elongated frames are refused
-  c.data.stride = 1  # every stride-th source frame is stored
-  c.data.max_frames = 0  # stored frames per record; longer videos are cut; 0: no limit
-  c.data.videos_per_shard = 256
-  c.data.validation_fraction = 0.05  # of a folder's videos, chosen by a hash of the name
-  c.data.train_videos = 0  # how many to simulate, source "world"
-  c.data.validation_videos = 0
-  c.data.frames = 16  # N, frames of a training sample
-  c.data.interval = (1, 1)  # frame interval (lo, hi) in source frames, drawn per sample
-  c.data.workers = 0  # grain worker processes
-  c.data.prefetch = 2  # batches kept ready, on the host and on the device
-
-  c.world = ConfigDict()  # the simulated physics world: videogpt_jax.data.world.Settings
-  c.world.size = 32
-  c.world.frames = 8
-  c.world.fps = 8.0
-  c.world.objects = (1, 2)
-  c.world.radius = (4.0, 6.0)  # px
-  c.world.speed = (1.0, 2.0)  # px per frame, initial
-  c.world.spin = 0.0  # radians per frame, at most, initial
-  c.world.gravity = 0.0  # px per frame^2, downwards
-  c.world.shapes = ("ball", "box", "triangle")
-  c.world.elasticity = (1.0,)  # restitution, drawn per video
-  c.world.friction = 0.0
-  c.world.occluder = False
-
-  c.clips = ConfigDict()
-  # random (the paper's), single (a frame a clip), fixed (clips.lengths), or continuation
-  # (the first sample.history frames are given, the rest is one clip)
-  c.clips.partition = "random"
-  c.clips.lengths = (1,)  # frames of each clip, partition "fixed"
-  c.clips.beta = 0.9  # clean history is at least this clean in training
-
-  c.train = ConfigDict()
-  c.train.steps = 1000
-  c.train.batch_size = 16  # global
-  c.train.accumulation = 1  # microbatches a step
-  c.train.ema_decay = 0.999
-  c.train.max_bad_steps = 10  # stop after so many non-finite updates in a row
-
-  c.optimizer = ConfigDict()
-  c.optimizer.learning_rate = 1e-3
-  c.optimizer.warmup_steps = 100
-  c.optimizer.cooldown_steps = 0  # linear decay to zero over the last steps; 0: constant
-  c.optimizer.b1 = 0.9
-  c.optimizer.b2 = 0.95
-  c.optimizer.eps = 1e-8
-  c.optimizer.weight_decay = 0.1
-  c.optimizer.clip_norm = 1.0
-
-  c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
-  c.mesh.data = -1
-  c.mesh.fsdp = 1
-  c.mesh.sequence = 1
-  c.mesh.tensor = 1
-
-  c.checkpoint = ConfigDict()
-  c.checkpoint.every = 500  # steps
-  c.checkpoint.keep = 2
-  c.checkpoint.init_from = ""  # workdir or exported weights to start from (not to resume)
-
-  c.log = ConfigDict()
-  c.log.every = 20  # steps between lines
-  c.log.validate_every = 500  # steps between held-out losses
-  c.log.validation_batches = 4
-  c.log.videos_every = 1000  # steps between rolled-out videos
-  c.log.videos = 4
-
-  c.sample = ConfigDict()  # how videos are rolled out
-  c.sample.history = 4
-  c.sample.clip_frames = 4
-  c.sample.steps = 20
-  c.sample.guidance = 1.0
-  c.sample.shift = 1.0
-  c.sample.window = 0  # frames; 0: data.frames
+  c.model = _model()
+  c.codec = _codec()
+  c.data = _data()
+  c.world = _world()
+  c.clips = _clips()
+  c.train = _train()
+  c.optimizer = _optimizer()
+  c.mesh = _mesh()
+  c.checkpoint = _checkpoint()
+  c.log = _log()
+  c.sample = _sample()
   return c
 
+
+def _model() -> ConfigDict:
+  """The Transformer, and how it is computed."""
+  c = ConfigDict()
+  c.hidden_size = 128
+  c.intermediate_size = 344
+  c.num_layers = 4
+  c.num_heads = 4
+  c.num_kv_heads = 4
+  c.patch_size = 2
+  c.vocab_size = 4  # rows of embed_tokens; the marker tokens are three of them
+  c.img_id = 1
+  c.end_img_id = 2
+  c.diff_id = 3
+  c.pos_embed_max_size = 192
+  c.rms_norm_eps = 1e-5
+  c.rope_theta = 10000.0
+  c.dtype = "auto"  # compute type: float32, bfloat16; auto: bfloat16 on accelerators
+  c.attention = "auto"  # reference, xla; auto picks by platform and length
+  c.remat = "none"  # none, dots, full
+  return c
+
+
+def _codec() -> ConfigDict:
+  """How frames become latents."""
+  c = ConfigDict()
+  c.id = "pixels"
+  c.block = 2
+  c.scale = 2.0
+  c.shift = 0.5
+  return c
+
+
+def _data() -> ConfigDict:
+  """What is encoded, and how samples are cut from it."""
+  c = ConfigDict()
+  c.path = ""  # the latent data set: written by `encode`, read by `main`
+  c.source = "videos"  # what `encode` reads: "videos" (a folder) or "world"
+  c.videos = ""  # the folder of video files
+  c.height = 64  # frames are resized and centre-cropped to height x width px
+  c.width = 64
+  c.min_side = 16  # px; smaller source frames are refused
+  c.max_aspect = 4.0  # longer over shorter side; more elongated frames are refused
+  c.stride = 1  # every stride-th source frame is stored
+  c.max_frames = 0  # stored frames per record; longer videos are cut; 0: no limit
+  c.videos_per_shard = 256
+  c.validation_fraction = 0.05  # of a folder's videos, chosen by a hash of the name
+  c.train_videos = 0  # how many to simulate, source "world"
+  c.validation_videos = 0
+  c.frames = 16  # N, frames of a training sample
+  c.interval = (1, 1)  # frame interval (lo, hi) in source frames, drawn per sample
+  c.workers = 0  # grain worker processes
+  c.prefetch = 2  # batches kept ready, on the host and on the device
+  return c
+
+
+def _world() -> ConfigDict:
+  """The simulated physics world: `videogpt_jax.data.world.Settings`."""
+  c = ConfigDict()
+  c.size = 32
+  c.frames = 8
+  c.fps = 8.0
+  c.objects = (1, 2)
+  c.radius = (4.0, 6.0)  # px
+  c.speed = (1.0, 2.0)  # px per frame, initial
+  c.spin = 0.0  # radians per frame, at most, initial
+  c.gravity = 0.0  # px per frame^2, downwards
+  c.shapes = ("ball", "box", "triangle")
+  c.elasticity = (1.0,)  # restitution: one value for all, or one for each of the shapes
+  c.friction = 0.0
+  c.occluder = False
+  return c
+
+
+def _clips() -> ConfigDict:
+  """What a training sample is."""
+  c = ConfigDict()
+  # random (the paper's), single (a frame a clip), fixed (clips.lengths), or continuation
+  # (the first sample.history frames are given, the rest is one clip)
+  c.partition = "random"
+  c.lengths = (1,)  # frames of each clip, partition "fixed"
+  c.beta = 0.9  # clean history is at least this clean in training
+  return c
+
+
+def _train() -> ConfigDict:
+  """The length and size of training."""
+  c = ConfigDict()
+  c.steps = 1000
+  c.batch_size = 16  # global
+  c.accumulation = 1  # microbatches a step
+  c.ema_decay = 0.999
+  c.max_bad_steps = 10  # stop after so many non-finite updates in a row
+  return c
+
+
+def _optimizer() -> ConfigDict:
+  """AdamW."""
+  c = ConfigDict()
+  c.learning_rate = 1e-3
+  c.warmup_steps = 100
+  c.cooldown_steps = 0  # linear decay to zero over the last steps; 0: constant
+  c.b1 = 0.9
+  c.b2 = 0.95
+  c.eps = 1e-8
+  c.weight_decay = 0.1
+  c.clip_norm = 1.0
+  return c
+
+
+def _mesh() -> ConfigDict:
+  """Devices along each axis; -1 takes what is left."""
+  c = ConfigDict()
+  c.data = -1
+  c.fsdp = 1
+  c.sequence = 1
+  c.tensor = 1
+  return c
+
+
+def _checkpoint() -> ConfigDict:
+  """What is kept, and what to start from."""
+  c = ConfigDict()
+  c.every = 500  # steps
+  c.keep = 2
+  c.init_from = ""  # workdir or exported weights to start from (not to resume)
+  return c
+
+
+def _log() -> ConfigDict:
+  """What is reported, and how often."""
+  c = ConfigDict()
+  c.every = 20  # steps between lines
+  c.validate_every = 500  # steps between held-out losses
+  c.validation_batches = 4
+  c.videos_every = 1000  # steps between rolled-out videos
+  c.videos = 4
+  return c
+
+
+def _sample() -> ConfigDict:
+  """How videos are rolled out."""
+  c = ConfigDict()
+  # how videos are rolled out
+  c.history = 4
+  c.clip_frames = 4
+  c.steps = 20
+  c.guidance = 1.0
+  c.shift = 1.0
+  c.window = 0  # frames; 0: data.frames
+  return c
 
 def validate(config: ConfigDict) -> None:
   """Checks every value that can be checked without data or devices.

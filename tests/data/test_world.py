@@ -202,7 +202,7 @@ def test_energy_is_conserved_by_elastic_contacts(full, floating):
         axis=-1,
       )
       kinetic = np.sum(mass * np.sum(sample.velocities[0] ** 2, -1) / 2)
-      assert np.abs(energy - energy[0]).max() < 0.1 * kinetic
+      assert np.abs(energy - energy[0]).max() < 0.02 * kinetic
   assert contacts > 80
 
 
@@ -286,27 +286,26 @@ def test_four_frames_determine_the_rest(full):
 def test_rendering_matches_a_count_of_points_inside(shape):
   rng = np.random.default_rng(1)
   settings = world.Settings(size=32)
-  fine = 12
+  fine = 10
   grid = (np.arange(32 * fine) + 0.5) / fine
-  for radius in (4.0, 7.3):
+  centres = np.arange(32) + 0.5
+  misplaced = []
+  for radius in np.linspace(4.0, 8.0, 10):
     item = _alone(shape, radius)
-    position, angle = rng.uniform(9, 23, 2), rng.uniform(0, 6)
+    position, angle = rng.uniform(10, 22, 2), rng.uniform(0, 6)
     points = _inside(item, position, angle, grid[None, :], grid[:, None])
-    cover = points.reshape(32, fine, 32, fine).mean((1, 3))[..., None]
-    expected = world.BACKGROUND + cover * (np.array(item.rgb) - world.BACKGROUND)
+    cover = points.reshape(32, fine, 32, fine).mean((1, 3))
     frames, _ = world.render(settings, (item,), [[position]], [[angle]])
-    off = np.abs(frames[0] - expected)
-    assert off.max() < 60  # a corner's pixel
-    assert off.mean() < 0.3
-    # Centre of mass, which is what a detector measures.
-    weight = (frames[0, ..., 0] - world.BACKGROUND[0]) / (item.rgb[0] - world.BACKGROUND[0])
-    centre = [np.sum(weight * (np.arange(32) + 0.5)[None, :]),
-              np.sum(weight * (np.arange(32) + 0.5)[:, None])]
-    np.testing.assert_allclose(centre / weight.sum(), position, atol=0.03)
-    assert weight.sum() == pytest.approx(_area(item), rel=0.02)
+    drawn = (frames[0, ..., 0] - 18.0) / (232 - 18)  # the share of red
+    assert np.abs(drawn - cover).max() < 0.35  # at a corner
+    assert np.abs(drawn - cover).sum() < 0.1 * 2 * math.pi * radius  # px, of its outline
+    assert drawn.sum() == pytest.approx(_area(item), rel=0.05)
+    centre = np.array([np.sum(drawn * centres), np.sum(drawn * centres[:, None])]) / drawn.sum()
+    misplaced.append(np.linalg.norm(centre - position))
+  assert np.mean(misplaced) < 0.04 and max(misplaced) < 0.1  # px
 
 
-def test_a_sharp_edge_is_not_jagged_and_whole_pixels_only_shift(full):
+def test_moving_by_parts_of_a_pixel_shows_and_by_whole_ones_only_shifts():
   item = _alone("ball", 5.0)
   settings = world.Settings(size=32)
   paths = np.array([[[12.0, 12.0]], [[12.3, 12.0]], [[15.0, 10.0]]])
@@ -315,7 +314,7 @@ def test_a_sharp_edge_is_not_jagged_and_whole_pixels_only_shift(full):
   assert not np.array_equal(frames[0], frames[1])
   assert np.array_equal(frames[0, 12, 12], item.rgb)
   assert np.array_equal(frames[0, 0, 0], world.BACKGROUND)
-  assert len(np.unique(frames[0, ..., 0])) > 6  # shades between background and object
+  assert len(np.unique(frames[0, ..., 0])) >= 5  # shades between background and object
 
 
 def test_objects_out_of_sight_leave_the_background():

@@ -135,19 +135,24 @@ class VideoFiles:
   def load(self, split: str, index: int) -> Clip:
     name = self.name(split, index)
     clip = video.read(
-      self.folder / name, stride=self.stride, max_frames=self.max_frames or None
+      self.folder / name,
+      stride=self.stride,
+      max_frames=self.max_frames or None,
+      transform=self._shrink,
     )
-    count, height, width, _ = clip.frames.shape
-    if count < self.min_frames:
+    if len(clip.frames) < self.min_frames:
       raise InputError(
-        f"too short: {count} frames at stride {self.stride}, {self.min_frames} needed"
+        f"too short: {len(clip.frames)} frames at stride {self.stride}, {self.min_frames} needed"
       )
+    return Clip(frames=clip.frames, fps=clip.fps * self.stride, source=name)
+
+  def _shrink(self, frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    height, width, _ = frame.shape
     if min(height, width) < self.min_side:
       raise InputError(f"too small: {width}x{height} px, a side under {self.min_side}")
     if max(height, width) > self.max_aspect * min(height, width):
       raise InputError(f"too elongated: {width}x{height} px, over {self.max_aspect:g}:1")
-    frames = video.resize_and_crop(clip.frames, self.height, self.width)
-    return Clip(frames=frames, fps=clip.fps, source=name)
+    return video.resize_and_crop(frame[None], self.height, self.width)[0]
 
   def describe(self) -> dict[str, Any]:
     fields = dataclasses.asdict(self)

@@ -161,6 +161,9 @@ def write_gif(target: str | os.PathLike[str] | BinaryIO, frames: UInt8[np.ndarra
   """Writes an endless GIF to a path (atomically) or an open file; `scale` enlarges pixels.
 
   One palette serves all frames, so that colours do not flicker.
+
+  Raises:
+    InputError: the file cannot be written.
   """
   frames = enlarge(frames, scale)
   strip = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))
@@ -180,6 +183,8 @@ def write_gif(target: str | os.PathLike[str] | BinaryIO, frames: UInt8[np.ndarra
     os.replace(temporary, path)
   except OSError as error:
     raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def resize_and_crop(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int

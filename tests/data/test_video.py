@@ -1,0 +1,359 @@
+"""Video files: what is read is what was written, and bad files are refused with the reason."""
+
+import errno
+from fractions import Fraction
+import io
+import os
+import pickle
+import wave
+
+import av
+import numpy as np
+from PIL import Image
+import pytest
+
+from videogpt_jax.data import video
+from videogpt_jax.errors import InputError
+
+
+def _moving(count=12, height=48, width=64):
+  """A bright square over a smooth coloured background."""
+  y, x = np.mgrid[:height, :width]
+  background = np.stack([60 + x, 40 + 2 * y, 90 + (x + y) // 2], axis=-1).astype(np.uint8)
+  frames = np.repeat(background[None], count, axis=0)
+  for t in range(count):
+    frames[t, 8:20, 2 * t : 2 * t + 12] = (240, 230, 60)
+  return frames
+
+
+def _psnr(a, b):
+  return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+
+
+def _encode(path, frames, *, movflags="", rotation=0, codec="libx264rgb", pix_fmt="rgb24"):
+  """Written by PyAV directly: a key frame every 12th, lossless by default."""
+  with av.open(os.fspath(path), "w", options={"movflags": movflags} if movflags else {}) as file:
+    stream = file.add_stream(codec, rate=Fraction(10), options={"crf": "0", "g": "12"})
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = pix_fmt
+    if rotation:
+      stream.set_display_rotation(rotation)
+    for frame in frames:
+      file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    file.mux(stream.encode())
+
+
+# Reading.
+
+
+def test_lossless_files_return_the_same_bytes(tmp_path):
+  frames = _moving()
+  video.write_mp4(tmp_path / "a.mp4", frames, 12.5, lossless=True)
+  clip = video.read(tmp_path / "a.mp4")
+  assert clip.frames.dtype == np.uint8
+  assert np.array_equal(clip.frames, frames)
+  assert clip.fps == 12.5
+  assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+def test_stride_and_limit_keep_the_stated_frames(tmp_path):
+  frames = _moving(count=11)
+  _encode(tmp_path / "a.mp4", frames)
+  clip = video.read(tmp_path / "a.mp4", stride=3)
+  assert np.array_equal(clip.frames, frames[::3])
+  assert clip.fps == pytest.approx(10 / 3)
+  clip = video.read(tmp_path / "a.mp4", stride=2, max_frames=4)
+  assert np.array_equal(clip.frames, frames[:8:2])
+  clip = video.read(tmp_path / "a.mp4", max_frames=100)
+  assert np.array_equal(clip.frames, frames)
+
+
+def test_a_transform_sees_the_kept_frames_one_by_one_and_may_refuse(tmp_path):
+  frames = _moving(count=9)
+  _encode(tmp_path / "a.mp4", frames)
+  seen = []
+
+  def halve(frame):
+    seen.append(frame.copy())
+    return frame[::2, ::2]
+
+  clip = video.read(tmp_path / "a.mp4", stride=2, transform=halve)
+  assert np.array_equal(seen, frames[::2])
+  assert np.array_equal(clip.frames, frames[::2, ::2, ::2])
+
+  def refuse(frame):
+    raise InputError("too small")
+
+  with pytest.raises(InputError, match="too small"):
+    video.read(tmp_path / "a.mp4", transform=refuse)
+
+
+@pytest.mark.parametrize(("rotation", "turns"), [(90, 1), (180, 2), (-90, 3)])
+def test_a_phones_rotation_is_applied(tmp_path, rotation, turns):
+  frames = _moving(count=3)
+  _encode(tmp_path / "a.mp4", frames, rotation=rotation)
+  expected = np.rot90(frames, turns, axes=(1, 2))  # counter-clockwise, as the container says
+  assert np.array_equal(video.read(tmp_path / "a.mp4").frames, expected)
+
+
+def test_a_clip_trimmed_without_recoding_is_whole(tmp_path):
+  """As `ffmpeg -ss 0.5 -c copy`: hidden frames before the start, which the header counts."""
+  frames = _moving(count=24)
+  _encode(tmp_path / "a.mp4", frames)
+  options = {"avoid_negative_ts": "disabled"}
+  with (
+    av.open(os.fspath(tmp_path / "a.mp4")) as source,
+    av.open(os.fspath(tmp_path / "b.mp4"), "w", options=options) as target,
+  ):
+    stream = source.streams.video[0]
+    copy = target.add_stream_from_template(stream)
+    shift = int(Fraction(5, 10) / stream.time_base)
+    for packet in source.demux(stream):
+      if packet.dts is not None:
+        packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+        packet.stream = copy
+        target.mux(packet)
+  with av.open(os.fspath(tmp_path / "b.mp4")) as file:
+    assert file.streams.video[0].frames == 24
+  assert np.array_equal(video.read(tmp_path / "b.mp4").frames, frames[5:])
+
+
+@pytest.mark.parametrize(
+  ("name", "codec"), [("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.webm", "libvpx-vp9")]
+)
+def test_other_containers(tmp_path, name, codec):
+  frames = _moving()
+  _encode(tmp_path / name, frames, codec=codec, pix_fmt="yuv420p")
+  clip = video.read(tmp_path / name)
+  assert clip.frames.shape == frames.shape
+  assert clip.fps == 10
+  assert _psnr(clip.frames, frames) > 25
+
+
+def test_camera_clips(camera_clips):
+  clip = video.read(camera_clips[1], stride=50)  # 250 frames of 640 x 272 px at 25 per second
+  assert clip.frames.shape == (5, 272, 640, 3)
+  assert clip.fps == pytest.approx(0.5, rel=0.01)
+  assert clip.frames.std() > 20
+
+
+# Refusals.
+
+
+def _refusal(path):
+  with pytest.raises(video.VideoError) as caught:
+    video.read(path)
+  return str(caught.value)
+
+
+def test_files_that_are_no_video_are_refused(tmp_path):
+  (tmp_path / "text.mp4").write_text("not a video, but long enough to be looked at\n" * 50)
+  assert "not a video" in _refusal(tmp_path / "text.mp4")
+  (tmp_path / "empty.mp4").write_bytes(b"")
+  assert "not a video" in _refusal(tmp_path / "empty.mp4")
+  assert "No such file" in _refusal(tmp_path / "missing.mp4")
+  with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+    sound.setparams((1, 2, 8000, 0, "NONE", ""))
+    sound.writeframes(bytes(16000))
+  assert _refusal(tmp_path / "sound.wav") == "no video stream"
+  with av.open(os.fspath(tmp_path / "none.mp4"), "w", options={"movflags": "empty_moov"}) as file:
+    stream = file.add_stream("libx264", rate=Fraction(10))
+    stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+    file.start_encoding()
+  assert _refusal(tmp_path / "none.mp4") == "no frames"
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.98])
+@pytest.mark.parametrize("movflags", ["", "faststart", "frag_keyframe+empty_moov"])
+def test_truncated_mp4_is_refused(tmp_path, part, movflags):
+  _encode(tmp_path / "a.mp4", _moving(count=30), movflags=movflags)
+  assert len(video.read(tmp_path / "a.mp4").frames) == 30
+  whole = (tmp_path / "a.mp4").read_bytes()
+  (tmp_path / "a.mp4").write_bytes(whole[: int(part * len(whole))])
+  reason = _refusal(tmp_path / "a.mp4")
+  assert any(word in reason for word in ("cut short", "damaged", "not a video"))
+
+
+@pytest.mark.parametrize(
+  ("name", "codec", "movflags"), [("a.mp4", "libx264", "faststart"), ("a.avi", "mpeg4", "")]
+)
+def test_a_file_that_ends_between_two_frames_is_refused(tmp_path, name, codec, movflags):
+  """Nothing that is left is damaged; only the header or index tells."""
+  path = tmp_path / name
+  _encode(path, _moving(count=30), movflags=movflags, codec=codec, pix_fmt="yuv420p")
+  with av.open(os.fspath(path)) as file:
+    starts = sorted(packet.pos for packet in file.demux(video=0) if packet.pos is not None)
+  os.truncate(path, starts[20])
+  assert _refusal(path).startswith("cut short")
+
+
+def test_damage_inside_a_file_is_refused(tmp_path):
+  _encode(tmp_path / "a.mp4", _moving(count=30), codec="libx264", pix_fmt="yuv420p")
+  whole = bytearray((tmp_path / "a.mp4").read_bytes())
+  for start, length in ((len(whole) // 2, 20), (len(whole) // 3, len(whole) // 4)):
+    damaged = whole.copy()
+    damaged[start : start + length] = bytes(length)
+    (tmp_path / "b.mp4").write_bytes(damaged)
+    assert "damaged" in _refusal(tmp_path / "b.mp4")
+
+
+def test_refusals_pass_between_processes(tmp_path):
+  error = video.VideoError("no video stream")
+  copy = pickle.loads(pickle.dumps(error))
+  assert type(copy) is video.VideoError and str(copy) == str(error)
+  assert issubclass(video.VideoError, InputError)
+
+
+def test_finding_videos(tmp_path):
+  for name in ("b.mp4", "a.MKV", "notes.txt", "deep/er/c.webm", "x.mp4.txt"):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+  (tmp_path / "folder.mp4").mkdir()
+  found = [path.relative_to(tmp_path).as_posix() for path in video.find_videos(tmp_path)]
+  assert found == ["a.MKV", "b.mp4", "deep/er/c.webm"]
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(InputError, match=r"no video files in .*empty"):
+    video.find_videos(tmp_path / "empty")
+  for missing in ("nowhere", "notes.txt"):
+    with pytest.raises(InputError, match=missing):
+      video.find_videos(tmp_path / missing)
+
+
+# Writing.
+
+
+def test_written_mp4_plays_everywhere_and_looks_the_same(tmp_path):
+  frames = _moving()
+  video.write_mp4(tmp_path / "a.mp4", frames, 8.0)
+  with av.open(os.fspath(tmp_path / "a.mp4")) as file:
+    context = file.streams.video[0].codec_context
+    assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+  assert _psnr(video.read(tmp_path / "a.mp4").frames, frames) > 32
+
+
+def test_odd_sizes_are_extended_by_a_pixel(tmp_path):
+  frames = _moving(height=33, width=45)
+  video.write_mp4(tmp_path / "a.mp4", frames, 8.0, lossless=True)
+  written = video.read(tmp_path / "a.mp4").frames
+  assert written.shape == (12, 34, 46, 3)
+  assert np.array_equal(written[:, :33, :45], frames)
+  assert np.array_equal(written[:, 33, :45], frames[:, 32])
+
+
+@pytest.mark.parametrize("write", [video.write_mp4, video.write_gif])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, write):
+  path = tmp_path / "a.out"
+  path.write_bytes(b"old")
+
+  def full_disk(source, target):
+    assert os.path.getsize(source) > 100  # all was written beside the old file
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "replace", full_disk)
+    with pytest.raises(InputError, match=r"a\.out: No space left"):
+      write(path, _moving(), 8.0)
+  assert path.read_bytes() == b"old"
+  assert os.listdir(tmp_path) == ["a.out"]
+  with pytest.raises(InputError, match=r"cannot write .*nowhere"):
+    write(tmp_path / "nowhere" / "b.out", _moving(), 8.0)
+
+
+def _gif_frames(file):
+  with Image.open(file) as picture:
+    for index in range(picture.n_frames):
+      picture.seek(index)
+      yield np.asarray(picture.convert("RGB")), picture.info["duration"]
+
+
+def test_gif_shows_the_frames_for_the_right_time(tmp_path):
+  frames = _moving()
+  video.write_gif(tmp_path / "a.gif", frames, 8.0, scale=2)
+  shown, durations = zip(*_gif_frames(tmp_path / "a.gif"), strict=True)
+  assert len(shown) == 12
+  assert shown[0].shape == (96, 128, 3)
+  assert _psnr(np.array(shown)[:, ::2, ::2], frames) > 30
+  assert np.array_equal(np.array(shown)[:, 1::2, 1::2], np.array(shown)[:, ::2, ::2])
+  assert sum(durations) == pytest.approx(12 * 1000 / 8, abs=12 * 10)
+  with Image.open(tmp_path / "a.gif") as picture:
+    assert picture.info["loop"] == 0
+
+
+def test_gif_colours_do_not_flicker_and_go_to_open_files_too():
+  """What does not move has the same colour in every frame."""
+  frames = _moving()
+  buffer = io.BytesIO()
+  video.write_gif(buffer, frames, 8.0)
+  buffer.seek(0)
+  shown = np.array([frame for frame, _ in _gif_frames(buffer)])
+  assert np.all(shown[:, 24:] == shown[:1, 24:])
+
+
+def test_gif_of_a_still_video_lasts_as_long(tmp_path):
+  frames = np.repeat(_moving(count=1), 10, axis=0)
+  video.write_gif(tmp_path / "a.gif", frames, 10.0)
+  assert sum(duration for _, duration in _gif_frames(tmp_path / "a.gif")) == 1000
+
+
+# Pictures.
+
+
+def test_shrinking_averages_areas():
+  frames = np.random.default_rng(0).integers(0, 256, (2, 24, 36, 3), dtype=np.uint8)
+  expected = frames.reshape(2, 8, 3, 12, 3, 3).mean((2, 4))
+  assert np.abs(video.resize_and_crop(frames, 8, 12) - expected).max() <= 1
+
+
+def test_cropping_keeps_the_centre_and_the_proportions():
+  frames = np.zeros((1, 40, 100, 3), np.uint8)
+  frames[:, :, 30:70] = 200  # exactly the square in the middle
+  assert np.all(video.resize_and_crop(frames, 20, 20) == 200)
+  tall = frames.swapaxes(1, 2)
+  assert np.all(video.resize_and_crop(tall, 20, 20) == 200)
+  wide = video.resize_and_crop(frames, 20, 40)
+  assert np.all(wide[:, :, 11:29] == 200) and np.all(wide[:, :, [0, 39]] == 0)
+
+
+def test_enlarging_and_keeping_the_size():
+  frames = _moving(count=2)
+  assert np.array_equal(video.resize_and_crop(frames, 48, 64), frames)
+  larger = video.resize_and_crop(frames, 96, 128)
+  assert larger.shape == (2, 96, 128, 3)
+  assert _psnr(video.resize_and_crop(larger, 48, 64), frames) > 30
+  assert np.array_equal(video.enlarge(frames, 3)[:, 1::3, 2::3], frames)
+
+
+def _find(picture, part):
+  """(row, column) of every place where `part` stands in `picture`."""
+  windows = np.lib.stride_tricks.sliding_window_view(picture, part.shape)
+  return np.argwhere(np.all(windows[:, :, 0] == part, axis=(2, 3, 4)))
+
+
+def test_side_by_side_shows_every_video_whole_and_marks_what_is_predicted():
+  rng = np.random.default_rng(0)
+  truth, model = rng.integers(0, 200, (2, 6, 10, 12, 3), dtype=np.uint8)
+  picture = video.side_by_side({"truth": truth, "a model": model}, 2, history=4)
+  plain = video.side_by_side({"truth": truth, "a model": model}, 2)
+  assert len(picture) == 6
+  places = []
+  for t in range(6):
+    (left,), (right,) = (_find(picture[t], video.enlarge(v, 2)[t]) for v in (truth, model))
+    assert left[0] == right[0] and left[1] + 24 < right[1]
+    places.append((*left, *right))
+  assert len(set(places)) == 1  # nothing jumps
+  row, column = places[0][:2]
+  around = picture[:, row - 1, column : column + 24]
+  assert np.all(around[:4] == plain[:4, row - 1, column : column + 24])
+  assert np.all(around[4:] == around[4, 0]) and np.any(around[4] != around[0])
+  # The titles are written above the columns.
+  assert picture[0, :row - 2, : places[0][3]].min() < 128
+  assert picture[0, :row - 2, places[0][3] - 2 :].min() < 128
+
+
+def test_contact_sheet_has_a_row_a_video_and_a_column_a_frame():
+  videos = np.random.default_rng(0).integers(1, 255, (2, 3, 8, 8, 3), dtype=np.uint8)
+  sheet = video.contact_sheet(videos, 2)
+  corners = np.array([[_find(sheet, video.enlarge(v, 2)[t])[0] for t in range(3)] for v in videos])
+  assert np.all(np.diff(corners[..., 0], axis=0) > 0) and np.all(np.diff(corners[..., 0]) == 0)
+  assert np.all(np.diff(corners[..., 1]) > 0) and np.all(np.diff(corners[..., 1], axis=0) == 0)
