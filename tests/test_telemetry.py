@@ -18,6 +18,7 @@ import psutil
 import pytest
 from tensorboardX.proto import event_pb2
 
+from videogpt_jax import machine
 from videogpt_jax import telemetry
 from videogpt_jax.errors import InputError
 
@@ -234,18 +235,18 @@ def test_duration(seconds, text):
 
 
 def test_memory_is_that_of_this_process_and_its_children():
-  before = telemetry.host_rss_mib()
+  before = machine.host_rss_mib()
   block = np.ones(100 * 2**20, np.uint8)
-  assert 90 < telemetry.host_rss_mib() - before < 140
+  assert 90 < machine.host_rss_mib() - before < 140
   del block
-  assert telemetry.host_rss_mib() - before < 60
+  assert machine.host_rss_mib() - before < 60
   child = subprocess.Popen(
     [sys.executable, "-c", "x = b'1' * (300 << 20); print(1, flush=True); input()"],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
   )
   child.stdout.readline()
-  assert 290 < telemetry.host_rss_mib() - before < 400
+  assert 290 < machine.host_rss_mib() - before < 400
   child.communicate(b"\n")
 
 
@@ -253,7 +254,7 @@ def test_peak_memory_stays_and_is_not_inherited():
   block = np.ones(200 * 2**20, np.uint8)
   high = psutil.Process().memory_info().rss / 2**20
   del block
-  assert telemetry.peak_rss_mib() >= 0.98 * high
+  assert machine.peak_rss_mib() >= 0.98 * high
   script = "import videogpt_jax.telemetry as t; print(t.peak_rss_mib(), t.host_rss_mib())"
   peak, now = map(float, subprocess.check_output([sys.executable, "-c", script]).split())
   assert 0.98 * now <= peak < now + 100  # the kernel counts the two at different moments
@@ -266,11 +267,11 @@ def test_peak_flops_of_known_and_unknown_devices():
     def __init__(self, kind: str):
       self.device_kind = kind
 
-  assert telemetry.peak_flops_per_device(Device("TPU v5 lite")) == 197e12
-  assert telemetry.peak_flops_per_device(Device("TPU v5p")) == 459e12
-  assert telemetry.peak_flops_per_device(Device("NVIDIA H100 80GB HBM3")) == 989e12
-  assert telemetry.peak_flops_per_device(Device("NVIDIA H100 PCIe")) == 756e12
-  assert telemetry.peak_flops_per_device(Device("TPU v99")) is None
+  assert machine.peak_flops_per_device(Device("TPU v5 lite")) == 197e12
+  assert machine.peak_flops_per_device(Device("TPU v5p")) == 459e12
+  assert machine.peak_flops_per_device(Device("NVIDIA H100 80GB HBM3")) == 989e12
+  assert machine.peak_flops_per_device(Device("NVIDIA H100 PCIe")) == 756e12
+  assert machine.peak_flops_per_device(Device("TPU v99")) is None
 
 
 def test_product_rate_agrees_with_numpy():
@@ -281,9 +282,9 @@ def test_product_rate_agrees_with_numpy():
     a @ a
     seconds.append(time.perf_counter() - begin)
   numpy_rate = 2 * 1024**3 / min(seconds)
-  ours = telemetry.product_rate(1024)
+  ours = machine.product_rate(1024)
   assert numpy_rate / 8 < ours < numpy_rate * 8  # they share the cores with whatever else runs
-  assert telemetry.peak_flops_per_device(jax.devices("cpu")[0]) > 0
+  assert machine.peak_flops_per_device(jax.devices("cpu")[0]) > 0
 
 
 def _pixels(path: pathlib.Path) -> np.ndarray:

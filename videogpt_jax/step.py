@@ -213,7 +213,7 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   """
   rng = objective_lib.row_keys(recipe.seed, state.step, stored.shape[0])
   grads, metrics = gradients(recipe, state.params, rng, stored)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss_sum"])
 
   updates, opt_state = make_optimizer(recipe.optimizer).update(

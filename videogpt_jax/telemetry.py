@@ -11,46 +11,21 @@ import json
 import math
 import os
 import pathlib
-import resource
-import sys
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
-import psutil
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto import summary_pb2
 
+from videogpt_jax import machine
 from videogpt_jax.data import video as video_lib
 from videogpt_jax.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
-_MIB = 2**20
-
-# Dense bfloat16 (T4, V100: float16) FLOP/s of one device, from the vendors' data sheets. The
-# first entry that occurs in the device's `device_kind` counts.
-_PEAK_FLOPS = {
-  "TPU v6 lite": 918e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5": 459e12,
-  "TPU v4": 275e12,
-  "GB200": 2500e12,
-  "B200": 2250e12,
-  "H200": 989e12,
-  "H100 PCIe": 756e12,
-  "H100": 989e12,
-  "A100": 312e12,
-  "L40S": 362e12,
-  "L4": 121e12,
-  "V100": 125e12,
-  "T4": 65e12,
-}
-
 
 class Writer:
   """Writes scalars, images and videos of a run under its workdir.
@@ -255,7 +230,7 @@ class Progress:
     if self._mfu_at_one_step_per_s is not None:
       speed["mfu"] = rate * self._mfu_at_one_step_per_s
     speed["data_wait"] = min(wait_seconds / max(seconds, 1e-9), 1.0)
-    speed["host_rss_mib"] = host_rss_mib()
+    speed["host_rss_mib"] = machine.host_rss_mib()
     speed["eta_s"] = (self._total_steps - step) / overall if overall > 0 else math.inf
     return speed
 
@@ -285,54 +260,6 @@ def duration(seconds: float) -> str:
   if whole < 86400:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
   return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-
-
-def host_rss_mib() -> float:
-  """Resident memory of this process and its children (data workers) now, MiB.
-
-  Pages shared between them count once for each, so it errs upwards.
-  """
-  own = psutil.Process()
-  total = own.memory_info().rss
-  for child in own.children(recursive=True):
-    with contextlib.suppress(psutil.NoSuchProcess):  # it may end between the two calls
-      total += child.memory_info().rss
-  return total / _MIB
-
-
-def peak_rss_mib() -> float:
-  """The most resident memory that this process (without children) has had, MiB."""
-  status = pathlib.Path("/proc/self/status")
-  if status.exists():  # ru_maxrss would include the parent's size at the time of the fork
-    for line in status.read_text().splitlines():
-      if line.startswith("VmHWM:"):
-        return int(line.split()[1]) / 1024
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak / _MIB if sys.platform == "darwin" else peak / 1024
-
-
-def peak_flops_per_device(device: jax.Device) -> float | None:
-  """What an MFU is measured against, FLOP/s, or None for an unknown accelerator.
-
-  Accelerators: the data sheet's dense bfloat16 rate. CPU (all cores are one device): the
-  rate of this machine's own float32 product, measured now, since no data sheet states one.
-  """
-  if device.platform == "cpu":
-    return product_rate()
-  return next((rate for kind, rate in _PEAK_FLOPS.items() if kind in device.device_kind), None)
-
-
-def product_rate(size: int = 2048, repeats: int = 3) -> float:
-  """FLOP/s of a float32 product of two square matrices on the default device, best of some."""
-  multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
-  a = jnp.ones((size, size), jnp.float32)
-  multiply(a, a).block_until_ready()
-  seconds = []
-  for _ in range(repeats):
-    begin = time.perf_counter()
-    multiply(a, a).block_until_ready()
-    seconds.append(time.perf_counter() - begin)
-  return 2 * size**3 / min(seconds)
 
 
 def plot_losses(

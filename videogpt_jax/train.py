@@ -6,7 +6,7 @@ fetched; and at their cadence a log line, the held-out loss, rolled-out videos, 
 checkpoint. The data position is the step, so a resumed run continues bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 import contextlib
 import dataclasses
 import signal
@@ -23,6 +23,7 @@ import numpy as np
 from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
 from videogpt_jax import flops
+from videogpt_jax import machine
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
@@ -79,24 +80,24 @@ def _loop(run: Run, state: step_lib.TrainState, start: int,
   train_step = step_lib.compile_step(run.recipe, run.mesh)
   evaluators = (Validation(run), Videos(run))
   log = TrainLog(run, start)
-  batches = training_batches(run, start)
   done = start
-  while done < steps and not stop.is_set():
-    with log.waiting:
-      batch = next(batches)
-    state, metrics = train_step(state, batch.latents)
-    done += 1
-    log.add(done, metrics)
-    due = [evaluator for evaluator in evaluators if evaluator.due(done)]
-    save = checkpoints.due(done) and done < steps
-    if due or save:  # they wait for the device anyway
-      log.catch_up()
-    with log.progress.paused():
-      for evaluator in due:
-        evaluator(done, state.ema)
-      if save:
-        checkpoints.save(done, state, run.extra())
-      checkpoints.check()
+  with contextlib.closing(training_batches(run, start)) as batches:
+    while done < steps and not stop.is_set():
+      with log.waiting:
+        batch = next(batches)
+      state, metrics = train_step(state, batch.latents)
+      done += 1
+      log.add(done, metrics)
+      due = [evaluator for evaluator in evaluators if evaluator.due(done)]
+      save = checkpoints.due(done) and done < steps
+      if due or save:  # they wait for the device anyway
+        log.catch_up()
+      with log.progress.paused():
+        for evaluator in due:
+          evaluator(done, state.ema)
+        if save:
+          checkpoints.save(done, state, run.extra())
+        checkpoints.check()
   log.catch_up()
   checkpoints.save(done, state, run.extra(), wait=True)
   if stop.is_set() and done < steps:
@@ -170,7 +171,7 @@ def _fit(loaded: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
   return jax.device_put(loaded.astype(wanted.dtype), wanted.sharding)
 
 
-def training_batches(run: Run, start: int) -> Iterator[pipeline.Batch]:
+def training_batches(run: Run, start: int) -> Generator[pipeline.Batch, None, None]:
   """Batches from step `start` on, already on the devices."""
   data = run.config.data
   host_batches = pipeline.batches(
@@ -232,7 +233,7 @@ class TrainLog:
     cost = flops.training(run.recipe.model, run.recipe.objective, run.config.train.batch_size,
                           _latent_shape(run))
     device = jax.devices()[0]
-    peak = telemetry.peak_flops_per_device(device)
+    peak = machine.peak_flops_per_device(device)
     self.progress = telemetry.Progress(
       run.config.train.steps, start, tokens_per_step=cost.tokens, flops_per_step=cost.total,
       peak_flops=peak * jax.device_count() if peak else None)

@@ -22,11 +22,11 @@ from videogpt_jax import backbone
 from videogpt_jax import cli
 from videogpt_jax import codec
 from videogpt_jax import flops
+from videogpt_jax import machine
 from videogpt_jax import model
 from videogpt_jax import objective
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
-from videogpt_jax import telemetry
 
 # The published PyTorch implementation with its dense mask, forward and backward on 2 cores of
 # an x86-64 server CPU of about 190 GFLOP/s (float32 2048^3 product).
@@ -92,8 +92,8 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
                         case.latents[1:])
   patches = model.patches_per_frame(case.recipe.model, *case.latents[2:4])
   computed = case.latents[0] * (2 * case.latents[1] - 1) * (patches + 2)
-  peak_rss = telemetry.peak_rss_mib()
-  rate = telemetry.product_rate()
+  peak_rss = machine.peak_rss_mib()
+  rate = machine.product_rate()
   return {
     "device": jax.devices()[0].device_kind,
     "devices": jax.device_count(),

@@ -7,7 +7,7 @@ else enters: not the number of worker processes, of hosts, or where a run was re
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 import dataclasses
 import functools
 import signal
@@ -254,8 +254,8 @@ def _start_worker(index: int, count: int) -> None:
 
 def to_device(
   iterator: Iterator[Batch], sharding: jax.sharding.Sharding, prefetch: int = 2
-) -> Iterator[Batch]:
-  """Puts batches on the devices ahead of time.
+) -> Generator[Batch, None, None]:
+  """Puts batches on the devices ahead of time; closing it ends the iterator's workers too.
 
   Args:
     iterator: host batches; every process passes its own rows.
@@ -266,11 +266,15 @@ def to_device(
     InputError: the rows do not divide among the devices.
   """
   ready: collections.deque[Batch] = collections.deque()
-  for batch in iterator:
-    ready.append(_put(batch, sharding))
-    if len(ready) > prefetch:
-      yield ready.popleft()
-  yield from ready
+  try:
+    for batch in iterator:
+      ready.append(_put(batch, sharding))
+      if len(ready) > prefetch:
+        yield ready.popleft()
+    yield from ready
+  finally:
+    if hasattr(iterator, "close"):
+      iterator.close()  # left to the garbage collector, shared memory of workers leaks
 
 
 def _put(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:

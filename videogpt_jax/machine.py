@@ -1,0 +1,80 @@
+"""What the machine is and does: memory of this process, speed of its devices."""
+
+import contextlib
+import pathlib
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+_MIB = 2**20
+
+# Dense bfloat16 (T4, V100: float16) FLOP/s of one device, from the vendors' data sheets. The
+# first entry that occurs in the device's `device_kind` counts.
+_PEAK_FLOPS = {
+  "TPU v6 lite": 918e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v4": 275e12,
+  "GB200": 2500e12,
+  "B200": 2250e12,
+  "H200": 989e12,
+  "H100 PCIe": 756e12,
+  "H100": 989e12,
+  "A100": 312e12,
+  "L40S": 362e12,
+  "L4": 121e12,
+  "V100": 125e12,
+  "T4": 65e12,
+}
+
+
+def host_rss_mib() -> float:
+  """Resident memory of this process and its children (data workers) now, MiB.
+
+  Pages shared between them count once for each, so it errs upwards.
+  """
+  own = psutil.Process()
+  total = own.memory_info().rss
+  for child in own.children(recursive=True):
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may end between the two calls
+      total += child.memory_info().rss
+  return total / _MIB
+
+
+def peak_rss_mib() -> float:
+  """The most resident memory that this process (without children) has had, MiB."""
+  status = pathlib.Path("/proc/self/status")
+  if status.exists():  # ru_maxrss would include the parent's size at the time of the fork
+    for line in status.read_text().splitlines():
+      if line.startswith("VmHWM:"):
+        return int(line.split()[1]) / 1024
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak / _MIB if sys.platform == "darwin" else peak / 1024
+
+
+def peak_flops_per_device(device: jax.Device) -> float | None:
+  """What an MFU is measured against, FLOP/s, or None for an unknown accelerator.
+
+  Accelerators: the data sheet's dense bfloat16 rate. CPU (all cores are one device): the
+  rate of this machine's own float32 product, measured now, since no data sheet states one.
+  """
+  if device.platform == "cpu":
+    return product_rate()
+  return next((rate for kind, rate in _PEAK_FLOPS.items() if kind in device.device_kind), None)
+
+
+def product_rate(size: int = 2048, repeats: int = 3) -> float:
+  """FLOP/s of a float32 product of two square matrices on the default device, best of some."""
+  multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
+  a = jnp.ones((size, size), jnp.float32)
+  multiply(a, a).block_until_ready()
+  seconds = []
+  for _ in range(repeats):
+    begin = time.perf_counter()
+    multiply(a, a).block_until_ready()
+    seconds.append(time.perf_counter() - begin)
+  return 2 * size**3 / min(seconds)
