@@ -22,7 +22,7 @@ from videogpt_jax import weights
 from videogpt_jax.data import world
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "colabs" / "quickstart.ipynb"
-STEPS, HISTORY, FRAMES = 30, 4, 8
+STEPS, HISTORY, FRAMES = 24, 4, 8
 SHIPPED = [""] if pathlib.Path(weights.PRETRAINED).is_dir() else []
 SETTINGS = {
   "VIDEOS": 48,
@@ -31,9 +31,21 @@ SETTINGS = {
   "WORKDIR": "run",
   "CHECKPOINTS": [*SHIPPED, "run"],  # the run's own last, which the last cell takes
 }
+# The trained parameters on the very first batch, with the noise that the fresh ones had there.
 PROBE = """
 import json
-json.dump({"losses": [float(x) for x in losses], "picture": picture.tolist()}, open("probe", "w"))
+
+batch = next(pipeline.to_device(
+  pipeline.batches(source, frames=config.data.frames, interval=config.data.interval,
+                   batch_size=BATCH_SIZE, seed=config.seed),
+  sharding.rows(mesh)))
+first_step = jax.device_put(np.int32(0), state.step.sharding)
+with sharding.use(mesh):
+  _, metrics = train_step(state.replace(step=first_step), batch.latents)
+again = float(metrics["loss_sum"] / metrics["loss_count"])
+with open("probe", "w") as file:
+  losses = [float(x) for x in losses]
+  json.dump({"losses": losses, "again": again, "picture": picture.tolist()}, file)
 """
 
 
@@ -59,7 +71,6 @@ def executed(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("IPYTHONDIR", str(folder / "ipython"))  # without the user's own settings
     patch.delenv("MPLBACKEND", raising=False)
-    patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # for so few steps, faster
     client.execute()
   return notebook, folder
 
@@ -201,9 +212,9 @@ def test_draws_the_mask_that_it_describes(executed):
 
 def test_trains_and_saves(executed):
   notebook, folder = executed
-  losses = json.loads((folder / "probe").read_text())["losses"]
-  assert len(losses) == STEPS
-  assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+  probe = json.loads((folder / "probe").read_text())
+  assert len(probe["losses"]) == STEPS
+  assert probe["again"] < 0.95 * probe["losses"][0]
   (curve,) = [o for o in cell(notebook, "train").outputs if "data" in o]
   drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(curve.data["image/png"]))).convert("L"))
   assert drawn.std() > 0

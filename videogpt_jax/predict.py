@@ -27,7 +27,10 @@ def history_from_file(path: str, weights: weights_lib.Weights, history: int
   Raises:
     InputError: the file cannot be read, or is shorter than the history.
   """
-  clip = video.read(path, stride=weights.config["data"].get("stride", 1))
+  try:
+    clip = video.read(path, stride=weights.config["data"].get("stride", 1))
+  except video.VideoError as error:
+    raise InputError(f"{path}: {error}") from error
   if len(clip.frames) < history:
     raise InputError(f"{path} has {len(clip.frames)} frames, --history needs {history}")
   height, width = weights.frame_size

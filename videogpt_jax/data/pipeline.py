@@ -243,8 +243,13 @@ def batches(
     dataset = dataset.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, prefetch)),
       worker_init_fn=_start_worker,
-    )
+    ).map(_copy)
   return iter(dataset)
+
+
+def _copy(batch: Batch) -> Batch:
+  """Out of the shared memory, which is freed at once and not whenever jax lets go of it."""
+  return Batch(*(np.array(leaf) for leaf in batch))
 
 
 def _start_worker(index: int, count: int) -> None:
