@@ -22,7 +22,7 @@ from videogpt_jax import weights
 from videogpt_jax.data import world
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "colabs" / "quickstart.ipynb"
-STEPS, HISTORY, FRAMES = 24, 4, 8
+STEPS, HISTORY, FRAMES = 16, 4, 8
 SHIPPED = [""] if pathlib.Path(weights.PRETRAINED).is_dir() else []
 SETTINGS = {
   "VIDEOS": 48,

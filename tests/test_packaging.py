@@ -12,7 +12,8 @@ _ROOT = pathlib.Path(videogpt_jax.__file__).parents[1]
 
 # What runs where only jax, flax and friends are installed (a bare GPU machine).
 _LEAN = ("attention", "backbone", "benchmarks.train_step", "cli", "codec", "flops", "flow",
-         "layout", "machine", "mask", "model", "objective", "published", "rollout", "sharding", "step")
+         "layout", "machine", "mask", "model", "objective", "published", "rollout", "sharding",
+         "step")
 _DATA_PACKAGES = ("grain", "tensorflow_datasets", "ml_collections", "array_record", "av",
                   "tensorboardX", "pymunk", "skimage", "tensorflow", "torch")
 

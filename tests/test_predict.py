@@ -135,9 +135,9 @@ def test_every_setting_of_the_sampler_and_another_frame_size(said):
 
 
 REFUSED = {
-  "--checkpoint={run} --video={videos}/text.mp4": "error: {videos}/text.mp4: not a video that can be read",
-  "--checkpoint={run} --video={videos}/cut.mp4": "error: {videos}/cut.mp4: not a video that can be read",
-  "--checkpoint={run} --video={videos}/none.mp4": "error: {videos}/none.mp4: not a video that can be read",
+  "--checkpoint={run} --video={videos}/text.mp4": "error: {videos}/text.mp4: not a video",
+  "--checkpoint={run} --video={videos}/cut.mp4": "error: {videos}/cut.mp4: not a video",
+  "--checkpoint={run} --video={videos}/none.mp4": "error: {videos}/none.mp4: not a video",
   "--checkpoint={run} --video={videos}/short.mp4 --out={out}/x":
     "{videos}/short.mp4 has 1 frames, --history needs 2",
   "--checkpoint={run} --history=7": "--history=7 is longer than the world's 6 frames",

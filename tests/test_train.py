@@ -443,12 +443,13 @@ def test_eight_devices_compute_what_one_does(tiny, steps, tmp_path):
   start.save(0, states[0], {"config": tiny.to_dict(), "fingerprint":
                             train.open_data(tiny)[0].fingerprint})
   start.close()
+  environment = {
+    "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
+    "PYTHONPATH": str(pathlib.Path(__file__).parent)}
   result = subprocess.run(
     [sys.executable, "-c", _EIGHT, tiny.data.path, str(tmp_path), str(tmp_path / "stored.npy"),
      str(tmp_path / "losses.npy")],
-    env={**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] +
-         " --xla_force_host_platform_device_count=8", "PYTHONPATH": str(pathlib.Path(__file__).parent)},
-    capture_output=True, text=True, timeout=300, check=False)
+    env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False)
   assert result.returncode == 0, result.stderr
   refused = "batch_size 12 in 1 microbatch(es) of 12 rows does not divide among 8 devices"
   assert refused in result.stdout
