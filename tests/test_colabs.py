@@ -18,12 +18,13 @@ import pytest
 
 from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
+from videogpt_jax import published
 from videogpt_jax import weights
 from videogpt_jax.data import world
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "colabs" / "quickstart.ipynb"
 STEPS, HISTORY, FRAMES = 16, 4, 8
-SHIPPED = [""] if pathlib.Path(weights.PRETRAINED).is_dir() else []
+SHIPPED = [""] if published.is_folder(weights.PRETRAINED) else []
 SETTINGS = {
   "VIDEOS": 48,
   "STEPS": STEPS,
@@ -71,6 +72,8 @@ def executed(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("IPYTHONDIR", str(folder / "ipython"))  # without the user's own settings
     patch.delenv("MPLBACKEND", raising=False)
+    # Compiling takes longest here, so let it take half.
+    patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     client.execute()
   return notebook, folder
 

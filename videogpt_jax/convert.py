@@ -24,6 +24,8 @@ def export(workdir: str, out: str, dtype: str = "bfloat16") -> None:
   params, saved = checkpoint.load_params(workdir)
   config = config_lib.from_saved(saved)
   extra = {name: value for name, value in config.to_dict().items() if name in SECTIONS}
+  for name in ("path", "videos"):  # where the data lay on the machine that trained
+    del extra["data"][name]
   try:
     published.save_folder(out, params, config_lib.model(config), extra, dtype)
   except OSError as error:
