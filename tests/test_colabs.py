@@ -28,7 +28,7 @@ SHIPPED = [""] if published.is_folder(weights.PRETRAINED) else []
 SETTINGS = {
   "VIDEOS": 48,
   "STEPS": STEPS,
-  "BATCH_SIZE": 4,
+  "BATCH_SIZE": 2,
   "WORKDIR": "run",
   "CHECKPOINTS": [*SHIPPED, "run"],  # the run's own last, which the last cell takes
 }
