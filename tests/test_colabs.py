@@ -23,12 +23,12 @@ from videogpt_jax import weights
 from videogpt_jax.data import world
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "colabs" / "quickstart.ipynb"
-STEPS, HISTORY, FRAMES = 16, 4, 8
+STEPS, HISTORY, FRAMES = 12, 4, 8
 SHIPPED = [""] if published.is_folder(weights.PRETRAINED) else []
 SETTINGS = {
   "VIDEOS": 48,
   "STEPS": STEPS,
-  "BATCH_SIZE": 2,
+  "BATCH_SIZE": 4,
   "WORKDIR": "run",
   "CHECKPOINTS": [*SHIPPED, "run"],  # the run's own last, which the last cell takes
 }
@@ -217,7 +217,7 @@ def test_trains_and_saves(executed):
   notebook, folder = executed
   probe = json.loads((folder / "probe").read_text())
   assert len(probe["losses"]) == STEPS
-  assert probe["again"] < 0.95 * probe["losses"][0]
+  assert probe["again"] < 0.97 * probe["losses"][0]
   (curve,) = [o for o in cell(notebook, "train").outputs if "data" in o]
   drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(curve.data["image/png"]))).convert("L"))
   assert drawn.std() > 0

@@ -89,7 +89,7 @@ def test_twenty_kills(tiny_data, tmp_path, monkeypatch):
   for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_DEFAULT_MATMUL_PRECISION", "XLA_FLAGS"):
     monkeypatch.delenv(name, raising=False)  # every start compiles anew, as a user's does
   config_file = tiny_run.config_file(tiny_run.config(tiny_data), tmp_path / "config.py")
-  steps, kills, record = 60, 10, []
+  steps, kills, record, commit = 60, 10, [], _commit()
   seed = random.SystemRandom().randrange(2**32)
   moments = random.Random(seed)
   alone = tmp_path / "alone"
@@ -115,7 +115,7 @@ def test_twenty_kills(tiny_data, tmp_path, monkeypatch):
   RESULT.parent.mkdir(parents=True, exist_ok=True)
   RESULT.write_text(json.dumps({
     "kills": len(record), "bit_equal": all(same), "date": datetime.date.today().isoformat(),
-    "commit": _commit(), "device": f"{_processor()}, {os.cpu_count()} cores, CPU backend",
+    "commit": commit if commit == _commit() else f"{commit} to {_commit()}", "device": f"{_processor()}, {os.cpu_count()} cores, CPU backend",
     "compared": "every array of params, EMA and optimizer state", "steps": steps, "seed": seed,
     "runs": record}, indent=2) + "\n")
   assert all(same), f"see {RESULT}"
