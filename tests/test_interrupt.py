@@ -115,7 +115,8 @@ def test_twenty_kills(tiny_data, tmp_path, monkeypatch):
   RESULT.parent.mkdir(parents=True, exist_ok=True)
   RESULT.write_text(json.dumps({
     "kills": len(record), "bit_equal": all(same), "date": datetime.date.today().isoformat(),
-    "commit": commit if commit == _commit() else f"{commit} to {_commit()}", "device": f"{_processor()}, {os.cpu_count()} cores, CPU backend",
+    "commit": commit if commit == _commit() else f"{commit} to {_commit()}",
+    "device": f"{_processor()}, {os.cpu_count()} cores, CPU backend",
     "compared": "every array of params, EMA and optimizer state", "steps": steps, "seed": seed,
     "runs": record}, indent=2) + "\n")
   assert all(same), f"see {RESULT}"
