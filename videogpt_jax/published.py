@@ -59,7 +59,7 @@ _LAYER = (
 )
 _QKV = "self_attn.qkv_proj.weight"  # rows: all queries, all keys, all values
 _FILES = ("model.safetensors", "config.json")
-_POSITION = "pos_embed"  # a constant there and here; written, and checked when read
+_POSITION = "pos_embed"  # a constant there and here; written, and left out when read
 
 
 def to_published(params: Tree, config: model.Config) -> dict[str, np.ndarray]:
