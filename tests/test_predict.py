@@ -170,6 +170,16 @@ def test_a_model_of_real_videos_needs_a_video(finished, tmp_path):
     predict.history_from_world(weights, 0)
 
 
+def test_weights_that_say_nothing_of_videos_are_refused(tmp_path):
+  """A folder in the published format alone holds no codec and no frame size."""
+  shutil.copytree(weights_lib.PRETRAINED, tmp_path, dirs_exist_ok=True)
+  settings = json.loads((tmp_path / "config.json").read_text())
+  del settings["videogpt_jax"]["codec"], settings["videogpt_jax"]["data"]
+  (tmp_path / "config.json").write_text(json.dumps(settings))
+  with pytest.raises(InputError, match="lacks codec, data; export them with"):
+    weights_lib.load(str(tmp_path))
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(finished, tmp_path):
   shutil.copytree(finished.workdir / "checkpoints", tmp_path / "checkpoints")
   newest = tmp_path / "checkpoints" / "24"

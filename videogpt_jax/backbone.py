@@ -7,7 +7,6 @@ so that a sharding is a choice of axes; layers are stacked in front.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -34,8 +33,7 @@ class Config:
     rope_theta: base of the rotary frequencies.
     dtype: compute type; parameters stay float32.
     attention: implementation, see `videogpt_jax.attention`.
-    remat: what the backward pass recomputes: "none" nothing, "dots" all but matrix
-      products, "full" everything inside a layer.
+    remat: what the backward pass computes again, a key of `REMAT_POLICIES`.
   """
 
   hidden_size: int
@@ -55,10 +53,14 @@ class Config:
     return self.hidden_size // self.num_heads
 
 
+# What the backward pass finds stored; the rest of a layer it computes again. Even "none" leaves
+# norms, rotations and activations to be recomputed: that is cheaper than to keep them.
+_policies = jax.checkpoint_policies
 REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": _policies.save_from_both_policies(  # all products, and the attention's output
+        _policies.dots_saveable, _policies.save_only_these_names(attention.OUTPUT)),
+    "dots": _policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "full": _policies.nothing_saveable,  # the input of each layer alone
 }
 
 
@@ -82,12 +84,6 @@ def rotary_angles(
   return jnp.cos(angle), jnp.sin(angle)
 
 
-# Elementwise chains are cheaper to compute again than to keep: without this the backward pass
-# would store every intermediate result of them, in float32.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-@_recomputed
 def rotate(
     x: Float[Array, "B L H E"], cos: Float[Array, "B L E2"], sin: Float[Array, "B L E2"]
 ) -> Float[Array, "B L H E"]:
@@ -98,13 +94,11 @@ def rotate(
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-@_recomputed
 def swiglu(gate: Float[Array, "B L F"], up: Float[Array, "B L F"]) -> Float[Array, "B L F"]:
   """silu(gate) * up."""
   return nn.silu(gate) * up
 
 
-@functools.partial(_recomputed, static_argnums=(2, 3))
 def rms_norm(
     x: Float[Array, "B L D"], weight: Float[Array, "D"], epsilon: float, dtype: Any
 ) -> Float[Array, "B L D"]:
@@ -231,9 +225,7 @@ class Backbone(nn.Module):
       The normalised output, and the captured outputs by layer index.
     """
     c = self.config
-    layer = Layer
-    if c.remat != "none":
-      layer = nn.remat(Layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+    layer = nn.remat(Layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
     stack = nn.scan(layer, length=c.num_layers, variable_axes={"params": 0},
                     split_rngs={"params": True}, in_axes=nn.broadcast,
                     metadata_params={nn.PARTITION_NAME: "layers"})

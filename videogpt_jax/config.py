@@ -185,7 +185,6 @@ def _log() -> ConfigDict:
 def _sample() -> ConfigDict:
   """How videos are rolled out."""
   c = ConfigDict()
-  # how videos are rolled out
   c.history = 4
   c.clip_frames = 4
   c.steps = 20
@@ -193,6 +192,7 @@ def _sample() -> ConfigDict:
   c.shift = 1.0
   c.window = 0  # frames; 0: data.frames
   return c
+
 
 def validate(config: ConfigDict) -> None:
   """Checks every value that can be checked without data or devices.
@@ -228,7 +228,7 @@ def validate(config: ConfigDict) -> None:
 
 def _validate_leaves(config: ConfigDict) -> None:
   """Names and types, which flags get right but configuration files may not."""
-  known, given = (dict(_leaves(tree.to_dict())) for tree in (default(), config))
+  known, given = (dict(leaves(tree.to_dict())) for tree in (default(), config))
   for name in given.keys() - known.keys():
     nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
     raise InputError(f"config.{name} does not exist; the nearest that does is config.{nearest}")
@@ -242,10 +242,11 @@ def _validate_leaves(config: ConfigDict) -> None:
     raise InputError(f"config.data.interval must be (lo, hi), got {tuple(config.data.interval)}")
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Every leaf of a nested dictionary with its dotted name."""
   for key, value in tree.items():
     if isinstance(value, dict):
-      yield from _leaves(value, f"{prefix}{key}.")
+      yield from leaves(value, f"{prefix}{key}.")
     else:
       yield prefix + key, value
 

@@ -11,8 +11,6 @@ from videogpt_jax import flops
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 
-_GIB = 2**30
-
 
 def report(config: ConfigDict) -> str:
   """Resolved configuration, parameters by part, FLOPs per step and memory per device.
@@ -31,7 +29,9 @@ def report(config: ConfigDict) -> str:
   with sharding.use(mesh):
     compiled = step_lib.compile_step(recipe, mesh).lower(state, batch).compile()
   memory: Any = compiled.memory_analysis()
-  lines = ["resolved configuration:", str(config), "parameters:"]
+  lines = ["resolved configuration:"]
+  lines += [f"  --config.{name}={value}" for name, value in config_lib.leaves(config.to_dict())]
+  lines += ["parameters:"]
   lines += [f"  {name:<12}{count:>16,}" for name, count in counts.items()]
   lines += [
     "a step:",
@@ -41,8 +41,17 @@ def report(config: ConfigDict) -> str:
     f"  FLOPs, all          {cost.total:.3e}",
     f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}",
     "memory of a device:",
-    f"  state and batch     {memory.argument_size_in_bytes / _GIB:.3f} GiB",
-    f"  temporary           {memory.temp_size_in_bytes / _GIB:.3f} GiB",
-    f"  compiled program    {memory.generated_code_size_in_bytes / _GIB:.3f} GiB",
+    f"  state and batch     {_size(memory.argument_size_in_bytes)}",
+    f"  temporary           {_size(memory.temp_size_in_bytes)}",
+    f"  compiled program    {_size(memory.generated_code_size_in_bytes)}",
   ]
   return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+  """Bytes in the largest unit that leaves at least one before the point."""
+  for unit in ("B", "KiB", "MiB"):
+    if count < 1024:
+      return f"{count:.1f} {unit}"
+    count /= 1024
+  return f"{count:.1f} GiB"

@@ -24,11 +24,13 @@ class Cost:
 
   Attributes:
     tokens: needed tokens.
+    sequence: tokens of all sequences, needed or not.
     dense: FLOPs in matrix products with weights, forward and backward.
     attention: FLOPs in scores and weighted sums over visible pairs, forward and backward.
   """
 
   tokens: float
+  sequence: float
   dense: float
   attention: float
 
@@ -65,21 +67,22 @@ def training(
   patches = model.patches_per_frame(config, height, width)
 
   @jax.jit
-  def count(keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def count(keys: jax.Array) -> tuple[jax.Array, ...]:
     _, blocks = objective(keys, jnp.zeros((_DRAWS, frames, 1, 1, 1)))
     tokens = layout.tokens(blocks, patches)
     pairs = jax.lax.map(lambda row: mask.live_pairs(row)[0].astype(jnp.float32),
                         jax.tree.map(lambda x: x[:, None], mask.ranks(tokens)))
     noisy = (blocks.stream == layout.NOISY).sum(1)
-    return pairs.mean(), blocks.valid.sum(1).mean(), noisy.mean()
+    return pairs.mean(), blocks.valid.sum(1).mean(), noisy.mean(), jnp.float32(tokens.role.shape[1])
 
   keys = objective_lib.row_keys(0, jnp.int32(0), _DRAWS)
-  pairs, blocks, noisy = (float(x) for x in count(keys))
+  pairs, blocks, noisy, sequence = (float(x) for x in count(keys))
   tokens = blocks * (patches + layout.MARKERS)
   patch_size = channels * config.patch_size**2
   ends = 2.0 * patches * patch_size * config.backbone.hidden_size * (blocks + noisy)
   return Cost(
     tokens=batch * tokens,
+    sequence=batch * sequence,
     dense=3.0 * batch * (tokens * token_flops(config) + ends),
     attention=3.0 * batch * pairs * pair_flops(config),
   )

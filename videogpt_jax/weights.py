@@ -92,6 +92,11 @@ def load(path: str = "", *, attention: str = "auto", dtype: str = "auto") -> Wei
   numerics = {"attention": attention, "dtype": config_lib.compute_dtype(dtype)}
   if published.is_folder(path):
     params, model, config = published.load_folder(path, **numerics)
+    missing = [name for name in ("codec", "data", "sample") if name not in config]
+    if missing:
+      raise InputError(f"{path}/config.json does not say how to make videos with these weights: "
+                       f"\"videogpt_jax\" in it lacks {', '.join(missing)}; export them with "
+                       "python -m videogpt_jax.convert")
   elif os.path.isdir(path):
     from videogpt_jax import checkpoint
 

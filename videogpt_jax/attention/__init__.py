@@ -16,6 +16,7 @@ from videogpt_jax import sharding
 from videogpt_jax.attention import reference
 from videogpt_jax.attention import xla
 
+OUTPUT = xla.OUTPUT
 IMPLEMENTATIONS = ("reference", "xla")
 _DENSE_PAIRS = 64 * 64  # fewer pairs than this a sample, and dense attention is faster
 
@@ -95,4 +96,4 @@ def attend(
   return run(q, k, v, ranks_q, ranks_k, block_map)
 
 
-__all__ = ["IMPLEMENTATIONS", "attend", "plan", "resolve"]
+__all__ = ["IMPLEMENTATIONS", "OUTPUT", "attend", "plan", "resolve"]
