@@ -1,0 +1,148 @@
+"""The autoencoder against the numbers of diffusers; `VIDEOGPT_GOLDEN_VAE` names other ones."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from videogpt_jax import vae
+from videogpt_jax.errors import InputError
+
+FOLDER = pathlib.Path(os.environ.get("VIDEOGPT_GOLDEN_VAE",
+                                     pathlib.Path(__file__).parent / "golden" / "vae"))
+WEIGHTS = FOLDER / "diffusion_pytorch_model.safetensors"
+CASES = sorted(path.stem for path in FOLDER.glob("io_*.npz"))
+
+
+@pytest.fixture(scope="module")
+def loaded():
+  return vae.load(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def manifest():
+  return json.loads((FOLDER / "sdxl_vae_manifest.json").read_text())
+
+
+def _case(name):
+  with np.load(FOLDER / f"{name}.npz") as file:
+    return dict(file)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_vae_moments_and_latents(loaded, name):
+  config, params = loaded
+  case = _case(name)
+  posterior = vae.encode(config, params, case["image"])
+  near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+  near(posterior.mean, case["mean"])
+  near(posterior.log_variance, np.clip(case["logvar_raw"], -30, 20))
+  if "noise" in case:
+    near(config.scale * posterior.mean, case["latent_mean_scaled"])
+    near(config.scale * posterior.at(case["noise"]), case["latent_sample_scaled"])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "dec_image" in _case(name)])
+def test_golden_vae_decoded_images(loaded, name):
+  config, params = loaded
+  case = _case(name)
+  for latent, image in (("dec_latent_scaled", "dec_image"), ("latent_mean_scaled", "recon_image")):
+    decoded = vae.decode(config, params, case[latent] / config.scale)
+    np.testing.assert_allclose(decoded, case[image], rtol=0, atol=2e-4)
+
+
+def test_golden_vae_in_bfloat16_is_near(loaded):
+  """8 bits of mantissa through some thirty convolutions; the parameters stay float32."""
+  config, params = loaded
+  case = _case(next(name for name in CASES if "dec_image" in _case(name)))
+  half, _ = vae.load(str(FOLDER), jnp.bfloat16)
+  decoded = vae.decode(half, params, case["dec_latent_scaled"] / config.scale)
+  assert decoded.dtype == jnp.float32
+  error = np.abs(decoded - case["dec_image"]).max() / np.abs(case["dec_image"]).max()
+  assert 1e-4 < error < 0.05
+
+
+def test_vae_samples_have_the_moments_of_the_posterior():
+  mean, log_variance = jnp.full((1, 64, 64, 4), .5), jnp.full((1, 64, 64, 4), 2 * np.log(.3))
+  posterior = vae.Posterior.from_moments(jnp.concatenate([mean, log_variance], -1))
+  draws = posterior.sample(jax.random.key(0))
+  assert abs(float(draws.mean()) - .5) < 5 * .3 / 128
+  assert abs(float(draws.std()) - .3) < 5 * .3 / 128 / np.sqrt(2)
+
+
+def test_vae_of_full_size_has_the_published_tensors(manifest):
+  for name in ("config_published", "config_as_expanded_by_diffusers"):
+    config = vae.config_from_settings(manifest[name])
+    assert config == vae.Config()
+  shapes = vae.published_shapes(config)
+  assert shapes == {name: tuple(shape) for name, shape in manifest["state_dict"].items()}
+  assert len(shapes) == 248
+  assert sum(int(np.prod(shape)) for shape in shapes.values()) == 83_653_863
+
+
+def test_vae_golden_weights_load_under_older_names(loaded, manifest):
+  config, params = loaded
+  tensors = {}
+  for name, tensor in safetensors.load_file(WEIGHTS).items():
+    for new, old in manifest["legacy_attention_key_map"].items():
+      name = name.replace(f".{new}.", f".{old}.")
+    tensors[name] = tensor
+  assert any(name.endswith("mid_block.attentions.0.proj_attn.weight") for name in tensors)
+  jax.tree.map(np.testing.assert_array_equal, vae.from_published(tensors, config), params)
+
+
+def _folder(tmp_path, tensors=None, **settings):
+  """A copy of the golden folder with changed settings and tensors."""
+  known = json.loads((FOLDER / "config.json").read_text())
+  known = {k: v for k, v in {**known, **settings}.items() if v != "absent"}
+  (tmp_path / "config.json").write_text(json.dumps(known))
+  if tensors is None:
+    shutil.copy(WEIGHTS, tmp_path)
+  else:
+    safetensors.save_file(tensors, tmp_path / WEIGHTS.name)
+  return str(tmp_path)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+  ({"act_fn": "relu"}, "act_fn is 'relu', only 'silu' is known"),
+  ({"down_block_types": ["AttnDownEncoderBlock2D"]}, "has 'AttnDownEncoderBlock2D', only"),
+  ({"mid_block_add_attention": False}, "mid_block_add_attention is False"),
+  ({"shift_factor": 0.1}, "shift_factor is 0.1"),
+  ({"norm_num_groups": "absent"}, "config.json lacks 'norm_num_groups'"),
+  ({"layers_per_block": 1}, "unexpected decoder.up_blocks.0.resnets.2.conv1.bias"),
+  ({"latent_channels": 8}, r"post_quant_conv.weight is \(4, 4, 1, 1\), expected \(8, 8, 1, 1\)"),
+])
+def test_vae_of_another_kind_is_refused(tmp_path, settings, message):
+  with pytest.raises(InputError, match=message):
+    vae.load(_folder(tmp_path, **settings))
+
+
+def test_vae_tensors_that_do_not_fit_are_named(tmp_path):
+  tensors = safetensors.load_file(WEIGHTS)
+  del tensors["encoder.conv_in.bias"]
+  tensors["decoder.extra.weight"] = np.zeros(3, np.float32)
+  tensors["decoder.conv_out.bias"] = np.zeros(5, np.float32)
+  with pytest.raises(InputError, match="missing encoder.conv_in.bias; unexpected decoder.extra."
+                                       r"weight; decoder.conv_out.bias is \(5,\), expected \(3,\)"):
+    vae.load(_folder(tmp_path, tensors))
+
+
+def test_vae_folders_that_are_not_whole_are_refused(tmp_path, monkeypatch):
+  with pytest.raises(InputError, match=r"no folder .*nowhere; give the path of one"):
+    vae.load(str(tmp_path / "nowhere"))
+  with pytest.raises(InputError, match=r"no whole autoencoder .* needs config.json and"):
+    vae.load(str(tmp_path))
+  folder = _folder(tmp_path)
+  weights = tmp_path / WEIGHTS.name
+  weights.write_bytes(weights.read_bytes()[:-1000])
+  with pytest.raises(InputError, match=r"no whole autoencoder"):
+    vae.load(folder)
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  with pytest.raises(InputError, match=r"no folder some/vae; give the path .*(hub|fetch it)"):
+    vae.load("some/vae")
