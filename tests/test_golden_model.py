@@ -3,17 +3,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import golden_videogpt as golden
+from videogpt_jax import backbone
 from videogpt_jax import flow
 from videogpt_jax import layout
 from videogpt_jax import model
 from videogpt_jax import published
 from videogpt_jax import rollout
+from videogpt_jax import step
 
-_TRAINING = [c for c in golden.index("forward_train_index") if c["model"] in ("a", "gqa")]
-_SAMPLER = [c for c in golden.index("sampler_index") if c["model"] in ("a", "gqa")]
+_TRAINING = golden.index("forward_train_index")
+_SAMPLER = golden.index("sampler_index")
 
 
 def _batch(case, frame_blocks):
@@ -81,6 +84,67 @@ def test_golden_sampler(spec):
     clip = rollout.denoise_clip(config, params, video[:, video.shape[1] - kept:], noise, sampler)
     golden.assert_close(clip[0], golden.channels_last(case[f"round{r}/latents"]))
     video = np.concatenate([video, clip], axis=1)
+
+
+def test_golden_three_steps_of_adamw():
+  """The optimizer of training, on the gradients of training."""
+  spec, case = golden.index("adamw_index"), golden.arrays("adamw")
+  config, params = golden.load_model(spec["model"])
+  clip, valid, draw = _batch(case, spec["frame_blocks"])
+  optimizer = step.make_optimizer(step.OptimizerConfig(
+      learning_rate=spec["lr"], warmup_steps=0, total_steps=spec["steps"], b1=spec["betas"][0],
+      b2=spec["betas"][1], eps=spec["eps"], weight_decay=spec["weight_decay"],
+      clip_norm=spec["max_grad_norm"]))
+
+  def loss(params):
+    blocks = layout.training(jnp.asarray(clip), jnp.asarray(valid))
+    x1 = model.predict(config, params, draw.clean, draw.noisy, draw.t, blocks)
+    return flow.loss(x1, draw, valid)[0]
+
+  @jax.jit
+  def update(params, state):
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, value, optax.tree.norm(grads)
+
+  state = optimizer.init(params)
+  for before, norm in zip(spec["losses"], spec["grad_norms"], strict=False):
+    params, state, value, grad_norm = update(params, state)
+    golden.assert_close(value, before)
+    golden.assert_close(grad_norm, norm)
+  golden.assert_close(jax.jit(loss)(params), spec["losses"][-1])
+  tensors = published.to_published(params, config)
+  finals = [name.removeprefix("final/") for name in case if name.startswith("final/")]
+  assert finals
+  for name in finals:
+    golden.assert_close(tensors[name], case[f"final/{name}"], tolerance=1e-3)
+
+
+def test_golden_position_table():
+  """Crops of the real model's table, and sums over all of it."""
+  parts = golden.arrays("parts")
+  names = sorted({k.split("/")[0] for k in parts if k.startswith("pos_embed")})
+  assert names
+  for name in names:
+    dim, (h, w) = int(parts[f"{name}/dim"]), parts[f"{name}/latent_hw"]
+    golden.assert_close(model.position_table(dim, 192, h // 2, w // 2), parts[f"{name}/crop"])
+    whole = model.position_table(dim, 192, 192, 192).astype(np.float64)
+    golden.assert_close(whole.sum(), parts[f"{name}/table_sum"])
+    golden.assert_close(whole[:8].sum(-1), parts[f"{name}/table_row_sum_first8"])
+
+
+def test_golden_rotary_angles():
+  parts = golden.arrays("parts")
+  names = sorted({k.split("/")[0] for k in parts if k.startswith("rope")})
+  assert names
+  for name in names:
+    size, theta = int(parts[f"{name}/head_dim"]), float(parts[f"{name}/theta"])
+    config = backbone.Config(hidden_size=size, intermediate_size=1, num_layers=1, num_heads=1,
+                             num_kv_heads=1, rope_theta=theta)
+    angles = backbone.rotary_angles(config, jnp.asarray(parts[f"{name}/positions"]))
+    for ours, theirs in zip(angles, ("cos", "sin"), strict=True):
+      both_halves = np.concatenate([ours, ours], axis=-1)
+      np.testing.assert_allclose(both_halves, parts[f"{name}/{theirs}"], rtol=0, atol=1e-3)
 
 
 def _with_attention(config, implementation):

@@ -14,9 +14,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+import numpy as np
 
 from videogpt_jax import attention
 from videogpt_jax import mask
+
+_ROPE_ORIGINAL = 4096  # positions that Phi-3 was trained on before its context was extended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Config:
     num_kv_heads: G, divides H.
     rms_norm_eps: added to the mean square.
     rope_theta: base of the rotary frequencies.
+    rope_long_factor: divisors of the E/2 rotary frequencies (longrope, also called su;
+      Ding et al., arXiv 2402.13753); none are plain rotary embeddings. As published, they
+      apply whatever the length.
+    max_position_embeddings: positions that the longrope factors are made for; they scale
+      cosine and sine, see `rope_scale`.
     dtype: compute type; parameters stay float32.
     attention: implementation, see `videogpt_jax.attention`.
     remat: what the backward pass computes again, a key of `REMAT_POLICIES`.
@@ -43,6 +51,8 @@ class Config:
   num_kv_heads: int
   rms_norm_eps: float = 1e-5
   rope_theta: float = 10000.0
+  rope_long_factor: tuple[float, ...] = ()
+  max_position_embeddings: int = 4096
   dtype: Any = jnp.float32
   attention: str = "auto"
   remat: str = "none"
@@ -51,6 +61,14 @@ class Config:
   def head_size(self) -> int:
     """E, channels of a head."""
     return self.hidden_size // self.num_heads
+
+  @property
+  def rope_scale(self) -> float:
+    """Factor of cosine and sine: sqrt(1 + ln(max / 4096) / ln 4096) for longrope, else 1."""
+    ratio = self.max_position_embeddings / _ROPE_ORIGINAL
+    if not self.rope_long_factor or ratio <= 1:
+      return 1.0
+    return math.sqrt(1 + math.log(ratio) / math.log(_ROPE_ORIGINAL))
 
 
 # What the backward pass finds stored; the rest of a layer it computes again. Even "none" leaves
@@ -76,12 +94,18 @@ class Context:
 
 
 def rotary_angles(
-    position: Int[Array, "*B L"], head_size: int, theta: float
+    config: Config, position: Int[Array, "*B L"]
 ) -> tuple[Float[Array, "*B L E2"], Float[Array, "*B L E2"]]:
-  """Cosine and sine of `position * theta^(-2j / E)`, j < E/2, in float32."""
-  frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-  angle = position[..., None].astype(jnp.float32) * frequency
-  return jnp.cos(angle), jnp.sin(angle)
+  """Cosine and sine of `position * theta^(-2j / E) / factor_j`, j < E/2, in float32.
+
+  Both are multiplied by `config.rope_scale`.
+  """
+  size = config.head_size
+  frequency = config.rope_theta ** (-np.arange(0, size, 2) / size)
+  if config.rope_long_factor:
+    frequency = frequency / np.array(config.rope_long_factor)
+  angle = position[..., None].astype(jnp.float32) * frequency.astype(np.float32)
+  return jnp.cos(angle) * config.rope_scale, jnp.sin(angle) * config.rope_scale
 
 
 def rotate(

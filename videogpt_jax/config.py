@@ -59,6 +59,8 @@ def _model() -> ConfigDict:
   c.pos_embed_max_size = 192
   c.rms_norm_eps = 1e-5
   c.rope_theta = 10000.0
+  c.rope_long_factor = ()  # longrope: divisor of each rotary frequency
+  c.max_position_embeddings = 4096
   c.dtype = "auto"  # compute type: float32, bfloat16; auto: bfloat16 on accelerators
   c.attention = "auto"  # reference, xla; auto picks by platform and length
   c.remat = "none"  # none, dots, full
@@ -254,7 +256,8 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _alike(value: Any, standard: Any) -> bool:
   """Whether a value has the type of the standard one, or one that does as well."""
   if isinstance(standard, tuple):
-    return isinstance(value, (tuple, list)) and all(_alike(x, standard[0]) for x in value)
+    kind = standard[0] if standard else 0.0
+    return isinstance(value, (tuple, list)) and all(_alike(x, kind) for x in value)
   if isinstance(standard, float):
     return isinstance(value, (float, int)) and not isinstance(value, bool)
   return type(value) is type(standard)
@@ -262,7 +265,7 @@ def _alike(value: Any, standard: Any) -> bool:
 
 def _kind(standard: Any) -> str:
   if isinstance(standard, tuple):
-    return f"a tuple like {standard}"
+    return f"a tuple like {standard or (1.0, 2.0)}"
   return {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[
     type(standard)]
 
@@ -278,6 +281,9 @@ def _validate_model(config: ConfigDict) -> None:
   if m.hidden_size // m.num_heads % 2 or m.hidden_size % 4:
     raise InputError(f"config.model.hidden_size {m.hidden_size} must be a multiple of 4 (position "
                      f"table) and of twice config.model.num_heads {m.num_heads} (rotary halves)")
+  if m.rope_long_factor and len(m.rope_long_factor) != m.hidden_size // m.num_heads // 2:
+    raise InputError(f"config.model.rope_long_factor has {len(m.rope_long_factor)} numbers; half a "
+                     f"head's size, {m.hidden_size // m.num_heads // 2}, are needed")
   for name in ("img_id", "end_img_id", "diff_id"):
     if not 0 <= m[name] < m.vocab_size:
       raise InputError(f"config.model.{name} {m[name]} is no row of a vocabulary of {m.vocab_size}")
@@ -344,10 +350,10 @@ def compute_dtype(name: str):
 def model(config: ConfigDict) -> model_lib.Config:
   """The model of `config.model` on the latents of `config.codec`."""
   m = config.model
-  shape = {name: m[name] for name in ("hidden_size", "intermediate_size", "num_layers",
-                                      "num_heads", "num_kv_heads", "rms_norm_eps", "rope_theta")}
-  stack = backbone.Config(**shape, dtype=compute_dtype(m.dtype), attention=m.attention,
-                          remat=m.remat)
+  same = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+          "rms_norm_eps", "rope_theta", "max_position_embeddings", "attention", "remat")
+  stack = backbone.Config(**{name: m[name] for name in same}, dtype=compute_dtype(m.dtype),
+                          rope_long_factor=tuple(m.rope_long_factor))
   return model_lib.Config(
       backbone=stack, channels=codec(config).channels, patch_size=m.patch_size,
       vocab_size=m.vocab_size, img_id=m.img_id, end_img_id=m.end_img_id, diff_id=m.diff_id,

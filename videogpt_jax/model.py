@@ -202,7 +202,7 @@ class VideoGPT(nn.Module):
     ranks = mask.ranks(tokens)
     block_map = attention.plan(ranks, ranks, frame_tokens=patches + layout.MARKERS,
                                implementation=c.backbone.attention)
-    cos, sin = backbone.rotary_angles(tokens.position, c.backbone.head_size, c.backbone.rope_theta)
+    cos, sin = backbone.rotary_angles(c.backbone, tokens.position)
     context = backbone.Context(cos=cos, sin=sin, ranks=ranks, block_map=block_map)
     x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "embed"))
     x_BLD, hidden = backbone.Backbone(c.backbone, name="backbone")(x_BLD, context, capture)

@@ -153,6 +153,7 @@ def published_settings(config: model.Config) -> dict[str, Any]:
       "num_hidden_layers": b.num_layers, "num_attention_heads": b.num_heads,
       "num_key_value_heads": b.num_kv_heads, "vocab_size": config.vocab_size,
       "rms_norm_eps": b.rms_norm_eps, "rope_theta": b.rope_theta,
+      "max_position_embeddings": b.max_position_embeddings, "rope_scaling": _rope_scaling(b),
       "patch_size": config.patch_size, "in_channels": config.channels,
       "pos_embed_max_size": config.pos_embed_max_size,
       "special_ids": {"diff": config.diff_id, "img": config.img_id, "end_img": config.end_img_id},
@@ -172,12 +173,31 @@ def model_config(settings: Mapping[str, Any], **numerics: Any) -> model.Config:
             hidden_size=settings["hidden_size"], intermediate_size=settings["intermediate_size"],
             num_layers=settings["num_hidden_layers"], num_heads=settings["num_attention_heads"],
             num_kv_heads=settings["num_key_value_heads"], rms_norm_eps=settings["rms_norm_eps"],
-            rope_theta=settings["rope_theta"], **numerics),
+            rope_theta=settings["rope_theta"],
+            rope_long_factor=_long_factor(settings.get("rope_scaling")),
+            max_position_embeddings=settings.get("max_position_embeddings", 4096), **numerics),
         channels=settings["in_channels"], patch_size=settings["patch_size"],
         vocab_size=settings["vocab_size"], img_id=ids["img"], end_img_id=ids["end_img"],
         diff_id=ids["diff"], pos_embed_max_size=settings["pos_embed_max_size"])
   except KeyError as error:
     raise InputError(f"config.json lacks {error}") from error
+
+
+def _rope_scaling(config: backbone.Config) -> dict[str, Any] | None:
+  """Longrope's factors, those for short sequences being the long ones, as is done here."""
+  if not config.rope_long_factor:
+    return None
+  factors = list(config.rope_long_factor)
+  return {"type": "longrope", "short_factor": factors, "long_factor": factors}
+
+
+def _long_factor(rope_scaling: Mapping[str, Any] | None) -> tuple[float, ...]:
+  if not rope_scaling:
+    return ()
+  kind = rope_scaling.get("type", rope_scaling.get("rope_type"))
+  if kind not in ("longrope", "su"):
+    raise InputError(f"config.json asks for rope_scaling {kind!r}; known: longrope, su, none")
+  return tuple(float(factor) for factor in rope_scaling["long_factor"])
 
 
 # Folders ----------------------------------------------------------------------------------
