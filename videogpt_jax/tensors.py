@@ -1,0 +1,229 @@
+"""Tensors by name from the files that checkpoints come in, one at a time.
+
+A folder may hold `model.safetensors`, safetensors shards, `pytorch_model.bin` or `.bin`
+shards, with an index or without. Nothing is read before it is asked for, so a checkpoint
+larger than the memory can be walked through. `.bin` files are read without torch and
+without running what they hold: of the pickle language only tensors in dictionaries are
+understood, everything else is refused.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import functools
+import glob
+import io
+import json
+import os
+import pickle
+import struct
+from typing import Any
+import zipfile
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+from safetensors import SafetensorError
+
+from videogpt_jax.errors import InputError
+
+_INDEX = ".index.json"
+
+
+class TensorFiles(Mapping[str, np.ndarray]):
+  """Tensors of one or several files; `tensors[name]` reads that tensor alone."""
+
+  def __init__(self, readers: Mapping[str, Callable[[], np.ndarray]],
+               shapes: Mapping[str, tuple[int, ...]]) -> None:
+    self._readers = readers
+    self.shapes = dict(shapes)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self._readers[name]()
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._readers)
+
+  def __len__(self) -> int:
+    return len(self._readers)
+
+
+def open_folder(folder: str) -> TensorFiles:
+  """All tensors of a checkpoint folder (or of one file).
+
+  Where both kinds are there, safetensors are taken.
+
+  Raises:
+    InputError: no weights there, a shard is missing, or a file is damaged or holds anything
+      but tensors.
+  """
+  readers: dict[str, Callable[[], np.ndarray]] = {}
+  shapes: dict[str, tuple[int, ...]] = {}
+  for path in _files(folder):
+    open_file = _open_bin if path.endswith(".bin") else _open_safetensors
+    for name, (read, shape) in open_file(path).items():
+      if name in readers:
+        raise InputError(f"{folder}: the tensor {name} stands in several files")
+      readers[name], shapes[name] = read, shape
+  return TensorFiles(readers, shapes)
+
+
+def _files(folder: str) -> list[str]:
+  if os.path.isfile(folder):
+    return [folder]
+  for ending in (".safetensors", ".bin"):
+    indices = sorted(glob.glob(os.path.join(glob.escape(folder), f"*{ending}{_INDEX}")))
+    if indices:
+      return _indexed(indices[0])
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), f"*{ending}")))
+    whole = [path for path in found
+             if os.path.basename(path) in ("model.safetensors", "pytorch_model.bin")]
+    if found:
+      return whole or found
+  raise InputError(f"{folder}: no weights; expected model.safetensors, pytorch_model.bin or "
+                   "shards of one of them")
+
+
+def _indexed(index: str) -> list[str]:
+  """The files that an index names, all of which must be there."""
+  try:
+    with open(index, encoding="utf-8") as file:
+      names = sorted(set(json.load(file)["weight_map"].values()))
+  except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    raise InputError(f"{index} is no index of weights ({error!r})") from error
+  paths = [os.path.join(os.path.dirname(index), os.path.basename(name)) for name in names]
+  missing = [os.path.basename(path) for path in paths if not os.path.exists(path)]
+  if missing:
+    raise InputError(f"{os.path.dirname(index)}: shards are missing: {', '.join(missing)}")
+  return paths
+
+
+_Entries = dict[str, tuple[Callable[[], np.ndarray], tuple[int, ...]]]
+
+
+def _open_safetensors(path: str) -> _Entries:
+  def read(name: str) -> np.ndarray:
+    with safe_open(path, "np") as file:
+      return file.get_tensor(name)
+
+  try:
+    with safe_open(path, "np") as file:
+      shapes = {name: tuple(file.get_slice(name).get_shape())
+                for name in file.keys()}  # noqa: SIM118 (no dictionary, and not iterable)
+  except (OSError, SafetensorError) as error:
+    raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+  return {name: (functools.partial(read, name), shape) for name, shape in shapes.items()}
+
+
+# PyTorch's zip format ---------------------------------------------------------------------
+#
+# <root>/data.pkl pickles the object; each storage stands uncompressed in <root>/data/<key>.
+
+_STORAGES = {
+    "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
+    "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _StorageType:
+  dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+  """Where in a file the elements of a tensor are."""
+
+  key: str
+  dtype: np.dtype
+  elements: int  # of the storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]  # in elements
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+  key, dtype, elements = storage
+  shape, strides = tuple(shape), tuple(strides)
+  last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+  negative = min((offset, *shape, *strides)) < 0
+  if negative or (0 not in shape and last >= elements):
+    raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+  return _Tensor(key, dtype, elements, offset, shape, strides)
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> _Tensor:
+  if not isinstance(tensor, _Tensor):
+    raise pickle.UnpicklingError("a parameter that is no tensor")
+  return tensor
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    **{("torch", name): _StorageType(np.dtype(kind)) for name, kind in _STORAGES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+  """Understands tensors, and containers of plain values; nothing else is even imported."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    if (module, name) not in _KNOWN:
+      raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not read")
+    return _KNOWN[module, name]
+
+  def persistent_load(self, pid: Any) -> Any:
+    kind, storage_type, key, _, elements = pid
+    if kind != "storage" or not isinstance(storage_type, _StorageType):
+      raise pickle.UnpicklingError(f"it holds a reference to {kind!r}, which is not read")
+    return key, storage_type.dtype, elements
+
+
+def _open_bin(path: str) -> _Entries:
+  try:
+    with zipfile.ZipFile(path) as archive:
+      pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+      if len(pickled) != 1:
+        raise InputError(f"{path} is a zip file, but none that PyTorch wrote")
+      root = pickled[0].removesuffix("data.pkl")
+      content = _Unpickler(io.BytesIO(archive.read(pickled[0]))).load()
+      order = root + "byteorder"
+      if order in archive.namelist() and archive.read(order) != b"little":
+        raise InputError(f"{path} was written on a big-endian machine; convert it there")
+      places = {info.filename: info for info in archive.infolist()}
+  except zipfile.BadZipFile as error:
+    raise InputError(f"{path} is damaged, or written by a PyTorch before 1.6 (load it there and "
+                     f"save it as safetensors): {error}") from error
+  except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError,
+          IndexError, KeyError, struct.error) as error:
+    raise InputError(f"{path} cannot be read: {error}") from error
+  if not isinstance(content, dict):
+    raise InputError(f"{path} holds a {type(content).__name__}, not tensors by name")
+  entries: _Entries = {}
+  for name, tensor in content.items():
+    if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+      raise InputError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
+    place = places.get(f"{root}data/{tensor.key}")
+    size = tensor.elements * tensor.dtype.itemsize
+    if place is None or place.compress_type != zipfile.ZIP_STORED or place.file_size < size:
+      raise InputError(f"{path} is damaged: the values of {name} are missing")
+    entries[name] = (functools.partial(_read, path, tensor, place), tensor.shape)
+  return entries
+
+
+def _read(path: str, tensor: _Tensor, place: zipfile.ZipInfo) -> np.ndarray:
+  """The values of one tensor, from the memory-mapped file."""
+  if 0 in tensor.shape:
+    return np.zeros(tensor.shape, tensor.dtype)
+  with open(path, "rb") as file:
+    file.seek(place.header_offset)
+    name_size, extra_size = struct.unpack("<26xHH", file.read(30))
+  start = place.header_offset + 30 + name_size + extra_size
+  storage = np.memmap(path, np.uint8, "r", start, (tensor.elements * tensor.dtype.itemsize,))
+  values = storage.view(tensor.dtype)[tensor.offset:]
+  strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
+  return np.array(np.lib.stride_tricks.as_strided(values, tensor.shape, strides))
