@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
+from videogpt_jax import codec as codec_lib
 from videogpt_jax import vae
 from videogpt_jax.errors import InputError
 
@@ -146,3 +147,38 @@ def test_vae_folders_that_are_not_whole_are_refused(tmp_path, monkeypatch):
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   with pytest.raises(InputError, match=r"no folder some/vae; give the path .*(hub|fetch it)"):
     vae.load("some/vae")
+
+
+def test_vae_codec_stores_means_and_gives_frames_back(loaded):
+  """Frames in, frames out, against the functions themselves; batches of any size."""
+  config, params = loaded
+  codec = codec_lib.Vae(path=str(FOLDER), block=config.downsample, channels=config.latent_channels,
+                        scale=config.scale)
+  frames = np.random.default_rng(0).integers(0, 256, (3, 3, 16, 24, 3), np.uint8)
+  stored = codec.encode(frames)
+  assert stored.shape == (3, 3, 16 // config.downsample, 24 // config.downsample, 4)
+  assert stored.dtype == codec.dtype == np.float16
+  mean = vae.encode(config, params, frames[1].astype(np.float32) / 127.5 - 1).mean
+  np.testing.assert_allclose(stored[1], mean, rtol=1e-3, atol=1e-3)
+  seen = codec.normalize(stored)
+  np.testing.assert_allclose(seen[1], config.scale * mean, rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(codec.denormalize(seen), stored, atol=1e-2)
+  image = np.asarray(vae.decode(config, params, stored[1].astype(np.float32)))
+  expected = np.clip((image + 1) * 127.5, 0, 255)
+  decoded = codec.decode(stored)
+  assert decoded.shape == frames.shape
+  assert decoded.dtype == np.uint8
+  assert np.abs(decoded[1] - expected).max() <= 0.51
+  assert codec_lib.from_spec({**codec.spec(), "path": str(FOLDER)}) == codec
+  assert "path" not in codec.spec()
+
+
+def test_vae_codec_refuses_what_does_not_fit(loaded):
+  codec = codec_lib.Vae(path=str(FOLDER))
+  with pytest.raises(InputError, match="20x16 px do not divide into latent cells of 8 px"):
+    codec.encode(np.zeros((20, 16, 3), np.uint8))
+  other = codec_lib.Vae(path=str(FOLDER), channels=16)
+  with pytest.raises(InputError, match=r"with 4 channels; .*config\.codec\.channels 16"):
+    other.decode(np.zeros((1, 2, 2, 16)))
+  with pytest.raises(InputError, match="no folder /nowhere; give the path"):
+    codec_lib.Vae(path="/nowhere").encode(np.zeros((1, 16, 16, 3), np.uint8))

@@ -35,7 +35,7 @@ _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _DAMAGED = "damaged-"
 
 # Leaves of `config.model` that change how the model is computed, not what it is.
-_HOW_ONLY = frozenset({"dtype", "attention", "remat"})
+_HOW_ONLY = {"model": {"dtype", "attention", "remat"}, "codec": {"path"}}
 
 
 class Checkpoints:
@@ -222,7 +222,7 @@ def compare(now: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     ours = _leaves(now["config"].get(section, {}))
     theirs = _leaves(saved["config"].get(section, {}))
     for name in sorted(ours.keys() & theirs.keys()):
-      if section == "model" and name in _HOW_ONLY:
+      if name in _HOW_ONLY[section]:
         continue
       if _plain(ours[name]) != _plain(theirs[name]):
         differences.append(

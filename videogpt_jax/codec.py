@@ -7,12 +7,14 @@ and `decode` lead back to frames. A codec is described by the JSON-able dict of
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from videogpt_jax import vae
 from videogpt_jax.errors import InputError
 
 
@@ -103,7 +105,113 @@ class Pixels:
     return {"id": "pixels", **dataclasses.asdict(self)}
 
 
-_CODECS = {"pixels": Pixels}
+@dataclasses.dataclass(frozen=True)
+class Vae:
+  """Latents of an image autoencoder, frame by frame; the defaults are SDXL's.
+
+  Stored as the posterior's mean, float16 and unscaled; the model sees
+  `(latent - shift) * scale`. The autoencoder itself is loaded when first a frame is encoded
+  or decoded, so that training on stored latents needs none.
+
+  Attributes:
+    block: pixels per latent cell, along each side.
+    channels: C of the latents.
+    scale: factor of what the model sees.
+    shift: subtracted before.
+    path: the autoencoder, see `vae.load`. Where it lies is no part of `spec`.
+  """
+
+  block: int = 8
+  channels: int = 4
+  scale: float = 0.13025
+  shift: float = 0.0
+  path: str = "stabilityai/sdxl-vae"
+
+  @property
+  def downsample(self) -> int:
+    return self.block
+
+  @property
+  def dtype(self) -> np.dtype:
+    return np.dtype(np.float16)
+
+  def encode(self, frames: np.ndarray) -> np.ndarray:
+    """Means of the posterior; see `Codec.encode`.
+
+    Raises:
+      InputError: the frames' sides are no multiples of `block`, or no autoencoder is at `path`.
+    """
+    *lead, height, width, colours = frames.shape
+    if height % self.block or width % self.block:
+      raise InputError(f"frames of {height}x{width} px do not divide into latent cells of "
+                       f"{self.block} px")
+    run, _ = _autoencoder(self)
+    means = _in_batches(run, frames.reshape(-1, height, width, colours))
+    return means.reshape(*lead, *means.shape[1:]).astype(self.dtype)
+
+  def decode(self, latents: np.ndarray) -> np.ndarray:
+    """Frames, rounded and clipped; see `Codec.decode`."""
+    lead = latents.shape[:-3]
+    _, run = _autoencoder(self)
+    frames = _in_batches(run, np.asarray(latents).reshape(-1, *latents.shape[-3:]))
+    return frames.reshape(*lead, *frames.shape[1:])
+
+  def normalize(self, latents: jax.Array) -> jax.Array:
+    return (jnp.asarray(latents, jnp.float32) - self.shift) * self.scale
+
+  def denormalize(self, latents: jax.Array) -> jax.Array:
+    return jnp.asarray(latents, jnp.float32) / self.scale + self.shift
+
+  def spec(self) -> dict[str, Any]:
+    settings = dataclasses.asdict(self)
+    del settings["path"]
+    return {"id": "vae", **settings}
+
+
+_FRAMES_AT_ONCE = 8
+
+
+@functools.cache
+def _autoencoder(codec: Vae) -> tuple[Any, Any]:
+  """Jitted `uint8 frames -> means` and `latents -> uint8 frames` of a codec's autoencoder."""
+  config, params = vae.load(codec.path)
+  if (config.downsample, config.latent_channels) != (codec.block, codec.channels):
+    raise InputError(f"the autoencoder {codec.path} makes cells of {config.downsample} px with "
+                     f"{config.latent_channels} channels; config.codec.block is {codec.block}, "
+                     f"config.codec.channels {codec.channels}")
+  params = jax.tree.map(jnp.asarray, params)
+
+  @jax.jit
+  def encode(frames: jax.Array) -> jax.Array:
+    return vae.encode(config, params, frames.astype(jnp.float32) / 127.5 - 1).mean
+
+  @jax.jit
+  def decode(latents: jax.Array) -> jax.Array:
+    image = vae.decode(config, params, latents.astype(jnp.float32))
+    return jnp.clip(jnp.rint((image + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+  return encode, decode
+
+
+def _in_batches(run: Any, x: np.ndarray) -> np.ndarray:
+  """`run` on a few frames at a time, the last ones padded: one compilation, bounded memory."""
+  size = min(_FRAMES_AT_ONCE, len(x))
+  out = []
+  for start in range(0, len(x), size):
+    part = x[start:start + size]
+    missing = [(0, size - len(part))] + [(0, 0)] * (x.ndim - 1)
+    out.append(np.asarray(run(np.pad(part, missing)))[:len(part)])
+  return np.concatenate(out)
+
+
+_CODECS = {"pixels": Pixels, "vae": Vae}
+
+
+def from_settings(settings: dict[str, Any]) -> Codec:
+  """As `from_spec`, from settings among which are those of other codecs."""
+  kind = _CODECS.get(settings.get("id", ""))
+  known = {field.name for field in dataclasses.fields(kind)} if kind else set()
+  return from_spec({name: x for name, x in settings.items() if name in {"id", *known}})
 
 
 def from_spec(spec: dict[str, Any]) -> Codec:

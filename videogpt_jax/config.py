@@ -70,10 +70,12 @@ def _model() -> ConfigDict:
 def _codec() -> ConfigDict:
   """How frames become latents."""
   c = ConfigDict()
-  c.id = "pixels"
-  c.block = 2
+  c.id = "pixels"  # pixels: folded into channels; vae: latents of an image autoencoder
+  c.block = 2  # px of a latent cell's side
+  c.channels = 4  # vae: C
   c.scale = 2.0
   c.shift = 0.5
+  c.path = "stabilityai/sdxl-vae"  # vae: a folder in diffusers' format, or a hub name
   return c
 
 
@@ -337,7 +339,7 @@ def leaf(config: ConfigDict, name: str):
 
 def codec(config: ConfigDict) -> codec_lib.Codec:
   """The codec of `config.codec`. Raises `InputError` if it describes none."""
-  return codec_lib.from_spec(config.codec.to_dict())
+  return codec_lib.from_settings(config.codec.to_dict())
 
 
 def compute_dtype(name: str):

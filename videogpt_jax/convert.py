@@ -15,8 +15,14 @@ from videogpt_jax.errors import InputError
 SECTIONS = ("name", "codec", "data", "sample", "world")  # of the run, kept for prediction
 
 
-def export(workdir: str, out: str, dtype: str = "bfloat16") -> None:
+def export(workdir: str, out: str, dtype: str = "bfloat16", *, position: bool = True) -> None:
   """Writes the newest checkpoint's EMA weights of `workdir` as a weights folder.
+
+  Args:
+    workdir: of the training run.
+    out: the folder to write.
+    dtype: of the stored tensors.
+    position: whether the constant position table is written, as the published code expects.
 
   Raises:
     InputError: no whole checkpoint there, or the folder cannot be written.
@@ -27,7 +33,8 @@ def export(workdir: str, out: str, dtype: str = "bfloat16") -> None:
   for name in ("path", "videos"):  # where the data lay on the machine that trained
     del extra["data"][name]
   try:
-    published.save_folder(out, params, config_lib.model(config), extra, dtype)
+    published.save_folder(out, lambda path: published.leaf(params, path),
+                          config_lib.model(config), extra, dtype, position=position)
   except OSError as error:
     raise InputError(f"cannot write weights to {out}: {error}") from error
 
@@ -37,7 +44,7 @@ def main() -> None:
   f = flags.FLAGS
   if not f.checkpoint or not f.out:
     raise InputError("--checkpoint=WORKDIR and --out=FOLDER are needed")
-  export(f.checkpoint, f.out, f.dtype)
+  export(f.checkpoint, f.out, f.dtype, position=f.position)
   print(f"wrote {f.out}")
 
 
@@ -45,4 +52,6 @@ if __name__ == "__main__":
   flags.DEFINE_string("checkpoint", "", "Training workdir.")
   flags.DEFINE_string("out", "", "Folder for model.safetensors and config.json.")
   flags.DEFINE_enum("dtype", "bfloat16", sorted(published.TYPES), "Type of the stored tensors.")
+  flags.DEFINE_bool("position", True, "Write the constant position table, as the published code "
+                    "expects; nothing here reads it.")
   cli.run(main)

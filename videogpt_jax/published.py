@@ -1,28 +1,32 @@
 """The published model's names: tensors, settings, and folders of weights, in both directions.
 
-A weights folder holds `model.safetensors` (tensors named and laid out as in the published
-checkpoint) and `config.json` (its settings, and under `videogpt_jax` what else is needed
-to predict: the codec and the sampling defaults).
+A weights folder holds tensors named and laid out as in the published checkpoint (in any of
+the files that `videogpt_jax.tensors` reads) and `config.json`: the model's settings, and
+under `videogpt_jax` what else is needed to predict (the codec and the sampling defaults).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+import functools
+import itertools
 import json
+import math
 import os
+import re
 from typing import Any
 
 import einops
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors
-from safetensors import SafetensorError
 
 from videogpt_jax import backbone
 from videogpt_jax import model
+from videogpt_jax import tensors as tensor_files
 from videogpt_jax.errors import InputError
 
 Tree = dict[str, Any]
+_TEMPORARY = ".tmp"
 TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -58,78 +62,138 @@ _LAYER = (
     ("mlp.down_proj.weight", "mlp/down", "F D -> D F"),
 )
 _QKV = "self_attn.qkv_proj.weight"  # rows: all queries, all keys, all values
-_FILES = ("model.safetensors", "config.json")
-_POSITION = "pos_embed"  # a constant there and here; written, and left out when read
+_QKV_LEAVES = ("attention/q", "attention/kv")
+_STACK = "backbone/layers/"
+_POSITION = "pos_embed"  # a constant there and here: compared when read, written on request
 
 
 def to_published(params: Tree, config: model.Config) -> dict[str, np.ndarray]:
-  """Our parameter tree as published tensors, `pos_embed` included."""
-  tensors = {name: np.ascontiguousarray(x)
-             for name, x in _published(jax.tree.map(np.asarray, params), config, np).items()}
+  """Our parameter tree as published tensors, without the constant `pos_embed`."""
+  return dict(publish(lambda path: np.asarray(leaf(params, path)), config))
+
+
+def publish(read: Callable[[str], Any], config: model.Config) -> Iterator[tuple[str, Any]]:
+  """Published tensors one after the other, all that come from one of our leaves together.
+
+  Args:
+    read: gives the parameter at a path; asked once for each, so that it may read a file.
+    config: the model.
+  """
+  for name, path, pattern in _OUTER:
+    yield name, einops.rearrange(read(path), pattern)
+  layers = range(config.backbone.num_layers)
+  for name, path, pattern in _LAYER:
+    stack = read(_STACK + path)
+    for i in layers:
+      yield f"llm.layers.{i}.{name}", einops.rearrange(stack[i], pattern)
+  q, kv = (read(_STACK + path) for path in _QKV_LEAVES)
+  for i in layers:
+    rows = [einops.rearrange(q[i], "D H E -> (H E) D"),
+            einops.rearrange(kv[i], "D k G E -> (k G E) D")]
+    yield f"llm.layers.{i}.{_QKV}", einops.pack(rows, "* D")[0]
+
+
+def position_tensor(config: model.Config) -> np.ndarray:
+  """`pos_embed` as published, float32 [1, G * G, D]."""
   side = config.pos_embed_max_size
-  table = model.position_table(config.backbone.hidden_size, side, side, side)
-  return {**tensors, _POSITION: table[None]}
-
-
-def _published(params: Tree, config: model.Config, xp: Any) -> dict[str, Any]:
-  """The renaming alone; `xp` is numpy, or jax.numpy to learn the shapes abstractly."""
-  tensors = {name: einops.rearrange(_get(params, path), pattern) for name, path, pattern in _OUTER}
-  stack = params["backbone"]["layers"]
-  for i in range(config.backbone.num_layers):
-    at = f"llm.layers.{i}."
-    for name, path, pattern in _LAYER:
-      tensors[at + name] = einops.rearrange(_get(stack, path)[i], pattern)
-    q, kv = (stack["attention"][name][i] for name in ("q", "kv"))
-    rows = [einops.rearrange(q, "D H E -> (H E) D"), einops.rearrange(kv, "D k G E -> (k G E) D")]
-    tensors[at + _QKV] = xp.concatenate(rows)
-  return tensors
+  return model.position_table(config.backbone.hidden_size, side, side, side)[None]
 
 
 def from_published(tensors: Mapping[str, np.ndarray], config: model.Config) -> Tree:
   """Published tensors as our parameter tree, float32.
 
   Raises:
-    InputError: tensors missing, unexpected or of another shape, each by name.
+    InputError: tensors missing, unexpected or of another shape, each by name; or another
+      `pos_embed` than the one computed here.
+  """
+  params: Tree = {}
+  for path, array in adopt(tensors, config):
+    _set(params, path, array.astype(np.float32))
+  return params
+
+
+def adopt(
+    tensors: Mapping[str, np.ndarray], config: model.Config
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Our leaves, path and array, one after the other, in the type of the tensors.
+
+  Only one leaf is held at a time. Raises `InputError` as `from_published` does.
   """
   _check(tensors, config)
   H, G = config.backbone.num_heads, config.backbone.num_kv_heads
 
-  def take(name: str, pattern: str) -> np.ndarray:
+  def arrange(x: np.ndarray, pattern: str) -> np.ndarray:
     ours, theirs = pattern.split(" -> ")
     sizes = {axis: size for axis, size in {"H": H, "k": 2}.items() if f"({axis} " in theirs}
-    return einops.rearrange(np.asarray(tensors[name], np.float32), f"{theirs} -> {ours}", **sizes)
+    return einops.rearrange(x, f"{theirs} -> {ours}", **sizes)
 
-  params: Tree = {}
+  def stack(name: str, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Filled layer by layer: a list of them beside their stack would be twice the memory."""
+    first = convert(tensors[f"llm.layers.0.{name}"])
+    out = np.empty((config.backbone.num_layers, *first.shape), first.dtype)
+    out[0] = first
+    for i in range(1, len(out)):
+      out[i] = convert(tensors[f"llm.layers.{i}.{name}"])
+    return out
+
   for name, path, pattern in _OUTER:
-    _set(params, path, take(name, pattern))
-  stacks: dict[str, list[np.ndarray]] = {}
-  for i in range(config.backbone.num_layers):
-    at = f"llm.layers.{i}."
-    for name, path, pattern in _LAYER:
-      stacks.setdefault(path, []).append(take(at + name, pattern))
-    qkv = np.asarray(tensors[at + _QKV], np.float32)
-    q, kv = np.split(qkv, [H * config.backbone.head_size])
-    stacks.setdefault("attention/q", []).append(einops.rearrange(q, "(H E) D -> D H E", H=H))
-    stacks.setdefault("attention/kv", []).append(
-        einops.rearrange(kv, "(k G E) D -> D k G E", k=2, G=G))
-  for path, arrays in stacks.items():
-    _set(params, f"backbone/layers/{path}", np.stack(arrays))
-  return params
+    yield path, np.ascontiguousarray(arrange(tensors[name], pattern))
+  for name, path, pattern in _LAYER:
+    yield _STACK + path, stack(name, functools.partial(arrange, pattern=pattern))
+  rows = H * config.backbone.head_size
+  q, kv = _QKV_LEAVES
+  yield _STACK + q, stack(
+      _QKV, lambda x: einops.rearrange(x[:rows], "(H E) D -> D H E", H=H))
+  yield _STACK + kv, stack(
+      _QKV, lambda x: einops.rearrange(x[rows:], "(k G E) D -> D k G E", k=2, G=G))
 
 
 def _check(tensors: Mapping[str, np.ndarray], config: model.Config) -> None:
-  shapes = jax.eval_shape(lambda tree: _published(tree, config, jnp), model.abstract_params(config))
-  found, wanted = set(tensors) - {_POSITION}, set(shapes)
+  expected = shapes(config)
+  have = tensors.shapes if isinstance(tensors, tensor_files.TensorFiles) else {
+      name: tuple(x.shape) for name, x in tensors.items()}
+  found, wanted = set(have) - {_POSITION}, set(expected)
   wrong = [f"missing {name}" for name in sorted(wanted - found)]
   wrong += [f"unexpected {name}" for name in sorted(found - wanted)]
-  wrong += [f"{name} is {tuple(tensors[name].shape)}, expected {shapes[name].shape}"
-            for name in sorted(found & wanted) if tensors[name].shape != shapes[name].shape]
+  wrong += [f"{name} is {have[name]}, expected {expected[name]}"
+            for name in sorted(found & wanted) if have[name] != expected[name]]
   if wrong:
     more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
     raise InputError(f"these weights do not fit the model: {'; '.join(wrong[:8])}{more}")
+  if _POSITION in have:
+    _check_position(tensors[_POSITION], config)
 
 
-def _get(tree: Tree, path: str) -> Any:
+def _check_position(theirs: np.ndarray, config: model.Config) -> None:
+  """The table is computed here, never read: the one they trained with must be the same."""
+  ours = position_tensor(config)
+  if theirs.shape != ours.shape:
+    raise InputError(f"{_POSITION} is {theirs.shape}, expected {ours.shape}: "
+                     "pos_embed_max_size or hidden_size of config.json is another")
+  resolution = 4 * float(ml_dtypes.finfo(theirs.dtype).eps)  # of sines and cosines
+  error = max(float(np.abs(a.astype(np.float32) - b).max())
+              for a, b in zip(np.array_split(theirs[0], 16), np.array_split(ours[0], 16),
+                              strict=True))
+  if not error <= max(resolution, 1e-4):
+    raise InputError(f"{_POSITION} differs by {error:.2g} from the sine-cosine table that this "
+                     "model computes; weights trained with another table cannot be used")
+
+
+def shapes(config: model.Config) -> dict[str, tuple[int, ...]]:
+  """The published tensors' shapes by name, in the order of `publish`, without `pos_embed`."""
+  names: list[str] = []
+
+  def arrays(tree: Tree) -> list[Any]:  # a list: jax sorts dictionaries
+    pairs = list(publish(lambda path: leaf(tree, path), config))
+    names.extend(name for name, _ in pairs)
+    return [x for _, x in pairs]
+
+  abstract = jax.eval_shape(arrays, model.abstract_params(config))
+  return {name: tuple(x.shape) for name, x in zip(names, abstract, strict=True)}
+
+
+def leaf(tree: Tree, path: str) -> Any:
+  """The entry of a nested dictionary at a path `a/b/c`."""
   for key in path.split("/"):
     tree = tree[key]
   return tree
@@ -202,30 +266,84 @@ def _long_factor(rope_scaling: Mapping[str, Any] | None) -> tuple[float, ...]:
 
 # Folders ----------------------------------------------------------------------------------
 
+_SETTINGS = "config.json"
+_SHARD_BYTES = 2 << 30
 
-def save_folder(folder: str, params: Tree, config: model.Config, extra: dict[str, Any],
-                dtype: str = "bfloat16") -> None:
-  """Writes `model.safetensors` and `config.json`, each under a temporary name first.
+
+def save_folder(folder: str, read: Callable[[str], np.ndarray], config: model.Config,
+                extra: dict[str, Any], dtype: str = "bfloat16", *, position: bool = True,
+                shard_bytes: int = _SHARD_BYTES) -> None:
+  """Writes `config.json` and `model.safetensors` (or shards of it and their index).
+
+  Every file is written under a temporary name; the real names appear when all are whole.
 
   Args:
-    folder: created where missing.
-    params: parameter tree.
+    folder: created where missing; other weights in it are replaced.
+    read: gives the parameter at a path of our tree; see `publish`.
     config: the model it belongs to.
     extra: what else prediction needs (codec, sampling defaults), JSON-able.
-    dtype: type of the stored tensors; `pos_embed` is a constant and is left out.
+    dtype: type of the stored tensors, a key of `TYPES`.
+    position: whether the constant `pos_embed` is written too, as published.
+    shard_bytes: most bytes of a file, if one tensor does not take more.
   """
   os.makedirs(folder, exist_ok=True)
-  tensors = to_published(params, config)
-  del tensors[_POSITION]
-  tensors = {name: x.astype(TYPES[dtype]) for name, x in tensors.items()}
-  settings = {**published_settings(config), "torch_dtype": dtype, "videogpt_jax": extra}
-  weights, settings_file = (os.path.join(folder, name) for name in _FILES)
-  safetensors.save_file(tensors, weights + ".tmp")
-  with open(settings_file + ".tmp", "w", encoding="utf-8") as file:
-    json.dump(settings, file, indent=2)
-    file.write("\n")
-  for path in (weights, settings_file):
-    os.replace(path + ".tmp", path)
+  stream = publish(read, config)
+  expected = shapes(config)
+  if position:
+    stream = itertools.chain(stream, ((_POSITION, position_tensor(config)) for _ in "1"))
+    expected[_POSITION] = (1, config.pos_embed_max_size**2, config.backbone.hidden_size)
+  kind = np.dtype(TYPES[dtype])
+  shards = _split({name: math.prod(shape) * kind.itemsize for name, shape in expected.items()},
+                  shard_bytes)
+  files: dict[str, list[str]] = {}
+  for number, names in enumerate(shards, 1):
+    file = ("model.safetensors" if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+    tensors = {name: np.ascontiguousarray(x.astype(kind))
+               for name, x in itertools.islice(stream, len(names))}
+    safetensors.save_file(tensors, os.path.join(folder, file + _TEMPORARY))
+    files[file] = names
+  texts = {_SETTINGS: {**published_settings(config), "torch_dtype": dtype, "videogpt_jax": extra}}
+  if len(shards) > 1:
+    texts["model.safetensors.index.json"] = {
+        "metadata": {"total_size": sum(math.prod(x) for x in expected.values()) * kind.itemsize},
+        "weight_map": {name: file for file, names in files.items() for name in names}}
+  for file, content in texts.items():
+    with open(os.path.join(folder, file + _TEMPORARY), "w", encoding="utf-8") as opened:
+      json.dump(content, opened, indent=2)
+      opened.write("\n")
+  _replace(folder, [*files, *texts])
+
+
+def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
+  """Names in order, in runs of at most `most` bytes."""
+  runs: list[list[str]] = []
+  room = 0
+  for name, size in sizes.items():
+    if not runs or size > room:
+      runs.append([])
+      room = most
+    runs[-1].append(name)
+    room -= size
+  return runs
+
+
+def _replace(folder: str, files: list[str]) -> None:
+  """Gives the temporary files their names, and removes weights that stood there before."""
+  for file in files:
+    os.replace(os.path.join(folder, file + _TEMPORARY), os.path.join(folder, file))
+  for old in os.listdir(folder):
+    if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old) and old not in files:
+      os.remove(os.path.join(folder, old))
+
+
+def read_settings(folder: str) -> dict[str, Any]:
+  """The `config.json` of a weights folder. Raises `InputError` if there is none."""
+  try:
+    with open(os.path.join(folder, _SETTINGS), encoding="utf-8") as file:
+      return dict(json.load(file))
+  except (OSError, ValueError, TypeError) as error:
+    raise InputError(f"{folder}: no whole weights folder; {_SETTINGS}: {error}") from error
 
 
 def load_folder(folder: str, **numerics: Any) -> tuple[Tree, model.Config, dict[str, Any]]:
@@ -234,18 +352,12 @@ def load_folder(folder: str, **numerics: Any) -> tuple[Tree, model.Config, dict[
   Raises:
     InputError: a file is missing or damaged, or the tensors do not fit the settings.
   """
-  weights, settings_file = (os.path.join(folder, name) for name in _FILES)
-  try:
-    with open(settings_file, encoding="utf-8") as file:
-      settings = json.load(file)
-    tensors = safetensors.load_file(weights)
-  except (OSError, json.JSONDecodeError, SafetensorError) as error:
-    raise InputError(f"{folder}: no whole weights folder ({error}); it needs "
-                     + " and ".join(_FILES)) from error
+  settings = read_settings(folder)
   config = model_config(settings, **numerics)
-  return from_published(tensors, config), config, settings.get("videogpt_jax", {})
+  params = from_published(tensor_files.open_folder(folder), config)
+  return params, config, settings.get("videogpt_jax", {})
 
 
 def is_folder(path: str) -> bool:
   """Whether `path` holds exported weights (rather than a training run)."""
-  return os.path.exists(os.path.join(path, _FILES[0]))
+  return os.path.exists(os.path.join(path, _SETTINGS))

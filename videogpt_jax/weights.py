@@ -106,4 +106,4 @@ def load(path: str = "", *, attention: str = "auto", dtype: str = "auto") -> Wei
   else:
     raise InputError(f"no weights at {path}: expected a training workdir or a weights folder")
   params = jax.tree.map(jax.numpy.asarray, params)
-  return Weights(model, params, codec_lib.from_spec(config["codec"]), config, path)
+  return Weights(model, params, codec_lib.from_settings(config["codec"]), config, path)
