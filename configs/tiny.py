@@ -35,15 +35,15 @@ def get_config():
   c.model.num_heads = c.model.num_kv_heads = 4
 
   c.sample.clip_frames = 1
-  c.train.steps = 1000
-  c.train.batch_size = 8
+  c.train.steps = 2000
+  c.train.batch_size = 4  # more and smaller steps learn faster here than fewer and larger ones
   c.train.ema_decay = 0.99
-  c.optimizer.learning_rate = 3e-3
+  c.optimizer.learning_rate = 2e-3
   c.optimizer.warmup_steps = 50
-  c.optimizer.cooldown_steps = 400
-  c.checkpoint.every = 250
-  c.log.every = 25
-  c.log.validate_every = 250
-  c.log.videos_every = 500
+  c.optimizer.cooldown_steps = 800
+  c.checkpoint.every = 500
+  c.log.every = 50
+  c.log.validate_every = 500
+  c.log.videos_every = 1000
   c.log.videos = 2
   return c
