@@ -49,10 +49,10 @@ def get_config():
   c.clips.beta = 0.98
   c.sample.history = 4
   c.sample.clip_frames = 12
-  c.train.steps = 8000
+  c.train.steps = 6500
   c.train.batch_size = 4
   c.train.ema_decay = 0.999
   c.optimizer.learning_rate = 1.5e-3
   c.optimizer.warmup_steps = 100
-  c.optimizer.cooldown_steps = 5000
+  c.optimizer.cooldown_steps = 3500
   return c
