@@ -90,6 +90,17 @@ def test_golden_time_features():
   golden.assert_close(model.time_features(jnp.asarray(parts["time/t"])), parts["time/embedding"])
 
 
+def test_fixed_clips_leave_out_what_nobody_sees():
+  latents = jax.random.normal(jax.random.key(0), (2, 5, 2, 2, 3))
+  for lengths, clean in (((2, 1, 2), 3), ((4, 1), 4), ((5,), 0)):
+    draw, blocks = objective.fixed(lengths)(objective.row_keys(0, jnp.int32(3), 2), latents)
+    assert draw.clean.shape[1] == clean
+    assert blocks.frame[1].tolist() == [*range(clean), *range(5)]
+    assert blocks.valid.all()
+    np.testing.assert_array_equal(draw.target, latents)
+    np.testing.assert_allclose(draw.clean, latents[:, :clean], atol=0.6)
+
+
 def test_continuation_gives_history_and_denoises_the_rest():
   latents = jax.random.normal(jax.random.key(0), (2, 5, 2, 2, 3))
   keys = objective.row_keys(0, jnp.int32(3), 2)

@@ -67,6 +67,18 @@ def test_the_order_of_blocks_does_not_matter(params):
   np.testing.assert_allclose(found, expected[:, order_noisy], atol=2e-5)
 
 
+def test_clean_copies_of_a_last_clip_that_is_known_can_be_left_out(params):
+  clip = jnp.array([[0, 1, 1, 2, 2, 2]])
+  clean, noisy = _video(5), _video(6, seed=2)
+  t = jnp.array([[.1, .4, .4, .8, .8, .8]])
+  expected = _apply(params, clean, noisy, t, layout.training(clip)).x1
+  for known in (2, 3):
+    blocks = layout.training(clip, last_clip=known)
+    assert blocks.stream.shape == (1, 12 - known)
+    found = _apply(params, clean[:, :6 - known], noisy, t, blocks).x1
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
 def test_shifting_all_positions_changes_nothing(params):
   """Rotary positions are relative, so a prefix of length n that nobody uses is a shift."""
   blocks = layout.prediction(2, 2)

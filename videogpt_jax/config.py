@@ -367,10 +367,11 @@ def objective(config: ConfigDict) -> objective_lib.Objective:
   clips = config.clips
   if clips.partition == "continuation":
     return objective_lib.continuation(config.sample.history, clips.beta)
+  if clips.partition == "fixed":
+    return objective_lib.fixed(tuple(clips.lengths), clips.beta)
   partition = {
       "random": objective_lib.random_partition,
       "single": objective_lib.single_partition,
-      "fixed": objective_lib.fixed_partition(tuple(clips.lengths)),
   }[clips.partition]
   return objective_lib.next_clip(partition, clips.beta)
 

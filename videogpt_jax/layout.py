@@ -113,17 +113,18 @@ def frame_blocks(
 
 
 def training(
-    clip: Int[Array, "B N"], valid: Bool[Array, "B N"] | None = None
+    clip: Int[Array, "B N"], valid: Bool[Array, "B N"] | None = None, *, last_clip: int = 1
 ) -> FrameBlocks:
   """Every frame noisy, and clean where a later clip can see it.
 
   The last clip's clean blocks would be seen by nobody. The last frame always belongs to
   it, so the clean stream is frames 0..N-2, statically, with the rest of the last clip's
-  marked invalid. M = 2N - 1: the clean blocks first.
+  marked invalid. M = 2N - last_clip: the clean blocks first.
 
   Args:
     clip: clip index of each frame.
     valid: false for frames that pad a shorter video.
+    last_clip: how many frames the last clip is known to have, at least.
   """
   if valid is None:
     valid = jnp.ones(clip.shape, bool)
@@ -131,7 +132,7 @@ def training(
   last = jnp.max(jnp.where(valid, clip, -1), axis=1, keepdims=True)
   seen_later = valid & (clip < last)
   frame = jnp.broadcast_to(jnp.arange(clip.shape[1], dtype=jnp.int32), clip.shape)
-  both = lambda clean, noisy: jnp.concatenate([clean[:, :-1], noisy], axis=1)
+  both = lambda clean, noisy: jnp.concatenate([clean[:, :-last_clip], noisy], axis=1)
   return frame_blocks(
       stream=both(jnp.full_like(clip, CLEAN), jnp.full_like(clip, NOISY)),
       clip=both(clip, clip),

@@ -18,19 +18,22 @@ Objective = Callable[[PRNGKeyArray, Float[Array, "B N h w C"]],
 Partition = Callable[[PRNGKeyArray, int], Int[Array, "N"]]
 
 
-def next_clip(partition: Partition, beta: float = 0.9) -> Objective:
+def next_clip(partition: Partition, beta: float = 0.9, last_clip: int = 1) -> Objective:
   """Next clip diffusion: every clip is denoised, given the clips before it.
 
   Args:
     partition: cuts N frames into clips, from one sample's key.
     beta: least cleanness of the history, see `flow.draw`.
+    last_clip: frames that the last clip of every partition has, at least; their clean copies,
+      which nobody sees, are left out.
   """
 
   def draw(rng: PRNGKeyArray, latents: Array) -> tuple[flow.Draw, layout.FrameBlocks]:
     rng_clip, rng_noise = _split(rng)
     frames = latents.shape[1]
     clip = jax.vmap(lambda key: partition(key, frames))(rng_clip)
-    return flow.draw(rng_noise, clip, latents, beta=beta), layout.training(clip)
+    draw = flow.draw(rng_noise, clip, latents, latents[:, :-last_clip], beta)
+    return draw, layout.training(clip, last_clip=last_clip)
 
   return draw
 
@@ -63,9 +66,9 @@ def single_partition(rng: PRNGKeyArray, frames: int) -> Int[Array, "N"]:
   return layout.single_partition(frames)
 
 
-def fixed_partition(lengths: tuple[int, ...]) -> Partition:
-  """Always clips of the given lengths."""
-  return lambda rng, frames: layout.fixed_partition(lengths)
+def fixed(lengths: tuple[int, ...], beta: float = 0.9) -> Objective:
+  """Next clip diffusion on clips of the given lengths, the same for every sample."""
+  return next_clip(lambda rng, frames: layout.fixed_partition(lengths), beta, lengths[-1])
 
 
 def row_keys(seed: int, step: Int[Array, ""], rows: int) -> PRNGKeyArray:
