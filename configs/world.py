@@ -11,8 +11,8 @@ The weights that come with the package were trained in two stages, the second on
         --config.checkpoint.init_from=runs/world_short
     python -m videogpt_jax.evaluate --checkpoint=runs/world
 
-On two CPU cores about half an hour and an hour. Four frames given and four to predict are
-learnt several times faster than four and twelve; small batches (4) beat larger ones at the
+On two CPU cores 39 and 41 minutes, with other work beside it. Four frames given and four to
+predict are learnt faster than four and twelve; small batches (4) beat larger ones at the
 same cost. What to expect: videogpt_jax/pretrained/world/README.md.
 """
 

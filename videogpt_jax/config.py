@@ -5,10 +5,10 @@ modules never see a `ConfigDict`: the functions at the end turn its sections int
 small frozen dataclasses that those modules take.
 """
 
-from collections.abc import Iterator
 import difflib
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -232,7 +232,8 @@ def validate(config: ConfigDict) -> None:
 
 def _validate_leaves(config: ConfigDict) -> None:
   """Names and types, which flags get right but configuration files may not."""
-  known, given = (dict(leaves(tree.to_dict())) for tree in (default(), config))
+  known, given = (traverse_util.flatten_dict(tree.to_dict(), sep=".")
+                  for tree in (default(), config))
   for name in given.keys() - known.keys():
     nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
     raise InputError(f"config.{name} does not exist; the nearest that does is config.{nearest}")
@@ -244,15 +245,6 @@ def _validate_leaves(config: ConfigDict) -> None:
       raise InputError(f"config.{name} must be {_kind(standard)}, got {value!r}")
   if len(config.data.interval) != 2:
     raise InputError(f"config.data.interval must be (lo, hi), got {tuple(config.data.interval)}")
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """Every leaf of a nested dictionary with its dotted name."""
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from leaves(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
 
 
 def _alike(value: Any, standard: Any) -> bool:

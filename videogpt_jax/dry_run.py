@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -30,7 +31,8 @@ def report(config: ConfigDict) -> str:
     compiled = step_lib.compile_step(recipe, mesh).lower(state, batch).compile()
   memory: Any = compiled.memory_analysis()
   lines = ["resolved configuration:"]
-  lines += [f"  --config.{name}={value}" for name, value in config_lib.leaves(config.to_dict())]
+  leaves = traverse_util.flatten_dict(config.to_dict(), sep=".")
+  lines += [f"  --config.{name}={value}" for name, value in leaves.items()]
   lines += ["parameters:"]
   lines += [f"  {name:<12}{count:>16,}" for name, count in counts.items()]
   lines += [

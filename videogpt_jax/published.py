@@ -290,7 +290,8 @@ def save_folder(folder: str, read: Callable[[str], np.ndarray], config: model.Co
   stream = publish(read, config)
   expected = shapes(config)
   if position:
-    stream = itertools.chain(stream, ((_POSITION, position_tensor(config)) for _ in "1"))
+    last = ((name, position_tensor(config)) for name in [_POSITION])  # lazily: it is large
+    stream = itertools.chain(stream, last)
     expected[_POSITION] = (1, config.pos_embed_max_size**2, config.backbone.hidden_size)
   kind = np.dtype(TYPES[dtype])
   shards = _split({name: math.prod(shape) * kind.itemsize for name, shape in expected.items()},
