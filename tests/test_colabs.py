@@ -18,13 +18,13 @@ import pytest
 
 from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
-from videogpt_jax import published
+from videogpt_jax import folder as folder_lib
 from videogpt_jax import weights
 from videogpt_jax.data import world
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "colabs" / "quickstart.ipynb"
 STEPS, HISTORY, FRAMES = 12, 4, 8
-SHIPPED = [""] if published.is_folder(weights.PRETRAINED) else []
+SHIPPED = [""] if folder_lib.is_folder(weights.PRETRAINED) else []
 SETTINGS = {
   "VIDEOS": 48,
   "STEPS": STEPS,

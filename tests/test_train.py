@@ -322,7 +322,7 @@ def test_resume_goes_before_init_from_goes_before_scratch(tiny, finished, steps,
 def test_init_from_another_model_is_refused(tiny, finished, tmp_path):
   tiny.checkpoint.init_from = str(finished.workdir)
   tiny.model.intermediate_size = 48
-  with pytest.raises(InputError, match="init_from holds another model"):
+  with pytest.raises(InputError, match="holds another model"):
     _find_state(tiny, tmp_path)
 
 

@@ -82,6 +82,13 @@ REMAT_POLICIES = {
 }
 
 
+def compute_dtype(name: str) -> Any:
+  """The type of that name; "auto" is bfloat16 on accelerators, float32 on CPU."""
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return jnp.dtype(name)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:

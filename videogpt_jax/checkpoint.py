@@ -8,11 +8,12 @@ after it was written is told from a whole one before anything is restored from i
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import json
 import logging as std_logging
 import pathlib
 import shutil
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 import zlib
 
 from absl import logging
@@ -28,8 +29,8 @@ from videogpt_jax.errors import InputError
 PyTree = Any
 
 FOLDER = "checkpoints"
-_STATE = "state"
-_EXTRA = "extra"
+STATE = "state"
+EXTRA = "extra"
 _CHECKSUMS = "checksums.json"
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _DAMAGED = "damaged-"
@@ -75,10 +76,10 @@ class Checkpoints:
     )
     return ocp.CheckpointManager(
       self.directory,
-      item_names=(_STATE, _EXTRA),
+      item_names=(STATE, EXTRA),
       item_handlers={
-        _STATE: ocp.StandardCheckpointHandler(),
-        _EXTRA: ocp.JsonCheckpointHandler(),
+        STATE: ocp.StandardCheckpointHandler(),
+        EXTRA: ocp.JsonCheckpointHandler(),
       },
       options=options,
     )
@@ -114,8 +115,8 @@ class Checkpoints:
     self._saving = step
     args = ocp.args.Composite(
       **{
-        _STATE: ocp.args.StandardSave(serialization.to_state_dict(state)),
-        _EXTRA: ocp.args.JsonSave(dict(extra)),
+        STATE: ocp.args.StandardSave(serialization.to_state_dict(state)),
+        EXTRA: ocp.args.JsonSave(dict(extra)),
       }
     )
     with self._write_errors():
@@ -144,7 +145,7 @@ class Checkpoints:
 
   def latest_extra(self) -> dict[str, Any] | None:
     """The `extra` of the newest whole checkpoint (tuples come back as lists), or None."""
-    return None if self._latest is None else _read_extra(self.directory / str(self._latest))
+    return None if self._latest is None else read_extra(self.directory / str(self._latest))
 
   def restore(self, target: PyTree) -> tuple[int, PyTree] | None:
     """The newest whole checkpoint as (step, state), or None if there is none.
@@ -162,7 +163,7 @@ class Checkpoints:
       return None
     folder = self.directory / str(self._latest)
     wanted = jax.tree.map(_abstract, serialization.to_state_dict(target))
-    differences = _leaf_differences(wanted, _saved_tree(folder))
+    differences = _leaf_differences(wanted, saved_tree(folder))
     if differences:
       raise InputError(
         f"the checkpoint {folder} does not fit this configuration:\n  "
@@ -170,9 +171,9 @@ class Checkpoints:
         + "\nuse the configuration it was saved with, or another workdir"
       )
     restored = self._manager.restore(
-      self._latest, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(wanted)})
+      self._latest, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(wanted)})
     )
-    return self._latest, serialization.from_state_dict(target, restored[_STATE])
+    return self._latest, serialization.from_state_dict(target, restored[STATE])
 
   def _write_checksums(self) -> None:
     """Runs in orbax's thread when all files are complete, just before the rename."""
@@ -180,13 +181,7 @@ class Checkpoints:
       return
     final = self.directory / str(self._saving)
     temporary = sorted(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
-    folder = temporary[-1] if temporary else final
-    sums = {}
-    for item in (_STATE, _EXTRA):
-      for path in sorted((folder / item).rglob("*")):
-        if path.is_file():
-          sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc32(path)]
-    (folder / _CHECKSUMS).write_text(json.dumps(sums))
+    seal(temporary[-1] if temporary else final)
 
   @contextlib.contextmanager
   def _write_errors(self) -> Iterator[None]:
@@ -253,23 +248,80 @@ def load_params(
   Raises:
     InputError: no checkpoint there, none whole, or no such entry in it.
   """
-  folder = _find(pathlib.Path(path).absolute())
-  tree = _saved_tree(folder)
+  folder, tree = _entry(path, which)
+  return _restore(folder, {which: tree})[which], read_extra(folder)["config"]
+
+
+def _entry(path: str | pathlib.Path, which: str) -> tuple[pathlib.Path, Any]:
+  """The folder of the checkpoint that `path` means, and the tree of one entry of its state."""
+  folder = find(pathlib.Path(path).absolute())
+  tree = saved_tree(folder)
   if which not in tree:
     raise InputError(f"{folder} holds no {which!r}, only {', '.join(sorted(tree))}")
-  wanted = {which: tree[which]}
-  restored = ocp.PyTreeCheckpointHandler().restore(
-    epath.Path(folder / _STATE),
+  return folder, tree[which]
+
+
+def _restore(folder: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+  """The part of the saved state that the tree `wanted` names, as numpy arrays."""
+  return ocp.PyTreeCheckpointHandler().restore(
+    epath.Path(folder / STATE),
     args=ocp.args.PyTreeRestore(
       item=wanted,
       restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
       partial_restore=True,
     ),
   )
-  return restored[which], _read_extra(folder)["config"]
 
 
-def _find(path: pathlib.Path) -> pathlib.Path:
+@dataclasses.dataclass(frozen=True)
+class SavedLeaf:
+  """A parameter in a checkpoint, not read yet."""
+
+  folder: pathlib.Path
+  keys: tuple[str, ...]
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  stacked: bool = False  # it is read whole
+
+  def read(self, dtype: Any = None) -> np.ndarray:
+    """The parameter, as stored or in another type."""
+    wanted = jax.ShapeDtypeStruct(self.shape, self.dtype)
+    restored = _restore(self.folder, traverse_util.unflatten_dict({self.keys: wanted}))
+    return traverse_util.flatten_dict(restored)[self.keys].astype(dtype or self.dtype, copy=False)
+
+  def pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
+    """(index, what stands there): the whole."""
+    yield ..., self.read()
+
+
+class SavedParams(NamedTuple):
+  """Parameters in a checkpoint by path `a/b/c`, and the configuration saved beside them."""
+
+  leaves: dict[str, SavedLeaf]
+  config: dict[str, Any]
+
+
+def open_params(
+  path: str | pathlib.Path, which: Literal["ema", "params"] = "ema"
+) -> SavedParams:
+  """As `load_params`, without reading the parameters. Raises `InputError` as it does."""
+  folder, tree = _entry(path, which)
+  leaves = {name: SavedLeaf(folder, (which, *name.split("/")), leaf.shape, np.dtype(leaf.dtype))
+            for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+  return SavedParams(leaves, read_extra(folder)["config"])
+
+
+def seal(folder: pathlib.Path) -> None:
+  """Writes the checksums of all files of a checkpoint, without which it does not count."""
+  sums = {}
+  for item in (STATE, EXTRA):
+    for path in sorted((folder / item).rglob("*")):
+      if path.is_file():
+        sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc32(path)]
+  (folder / _CHECKSUMS).write_text(json.dumps(sums))
+
+
+def find(path: pathlib.Path) -> pathlib.Path:
   """The folder of the checkpoint that `path` means; see `load_params`."""
   if (path / _CHECKSUMS).is_file():
     reason = _damage(path)
@@ -348,13 +400,13 @@ def _crc32(path: pathlib.Path) -> int:
   return value
 
 
-def _read_extra(folder: pathlib.Path) -> dict[str, Any]:
-  return ocp.JsonCheckpointHandler().restore(epath.Path(folder / _EXTRA))
+def read_extra(folder: pathlib.Path) -> dict[str, Any]:
+  return ocp.JsonCheckpointHandler().restore(epath.Path(folder / EXTRA))
 
 
-def _saved_tree(folder: pathlib.Path) -> dict[str, Any]:
+def saved_tree(folder: pathlib.Path) -> dict[str, Any]:
   """The saved state's tree; every leaf has the `shape` and `dtype` of the array."""
-  return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder / _STATE)).tree
+  return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder / STATE)).tree
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -33,6 +33,13 @@ class Codec(Protocol):
   def dtype(self) -> np.dtype:
     """Type of the stored latents."""
 
+  @property
+  def on_device(self) -> bool:
+    """Whether it computes on jax's devices, which several processes cannot share."""
+
+  def prepare(self) -> None:
+    """Loads what `encode` and `decode` need. Raises `InputError` if it is not there."""
+
   def encode(self, frames: np.ndarray) -> np.ndarray:
     """Frames `uint8 [..., H, W, 3]` to stored (unscaled) latents `[..., h, w, C]`."""
 
@@ -77,6 +84,13 @@ class Pixels:
   @property
   def dtype(self) -> np.dtype:
     return np.dtype(np.uint8)
+
+  @property
+  def on_device(self) -> bool:
+    return False
+
+  def prepare(self) -> None:
+    """Nothing is needed."""
 
   def encode(self, frames: np.ndarray) -> np.ndarray:
     """Folds pixels into channels; see `Codec.encode`. Raises `InputError` on odd sizes."""
@@ -134,6 +148,14 @@ class Vae:
   @property
   def dtype(self) -> np.dtype:
     return np.dtype(np.float16)
+
+  @property
+  def on_device(self) -> bool:
+    return True
+
+  def prepare(self) -> None:
+    """Loads the autoencoder; see `Codec.prepare`."""
+    _autoencoder(self)
 
   def encode(self, frames: np.ndarray) -> np.ndarray:
     """Means of the posterior; see `Codec.encode`.

@@ -5,12 +5,11 @@ modules never see a `ConfigDict`: the functions at the end turn its sections int
 small frozen dataclasses that those modules take.
 """
 
+import dataclasses
 import difflib
 from typing import Any
 
 from flax import traverse_util
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from videogpt_jax import attention
@@ -21,6 +20,8 @@ from videogpt_jax import objective as objective_lib
 from videogpt_jax import rollout
 from videogpt_jax import step as step_lib
 from videogpt_jax.errors import InputError
+
+NUMERICS = ("dtype", "attention", "remat")  # of `config.model`: how it is computed, not what
 
 
 def default() -> ConfigDict:
@@ -334,24 +335,40 @@ def codec(config: ConfigDict) -> codec_lib.Codec:
   return codec_lib.from_settings(config.codec.to_dict())
 
 
-def compute_dtype(name: str):
-  """The compute type that `model.dtype` means on the devices there are."""
-  if name == "auto":
-    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  return jnp.dtype(name)
-
-
 def model(config: ConfigDict) -> model_lib.Config:
   """The model of `config.model` on the latents of `config.codec`."""
   m = config.model
   same = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
           "rms_norm_eps", "rope_theta", "max_position_embeddings", "attention", "remat")
-  stack = backbone.Config(**{name: m[name] for name in same}, dtype=compute_dtype(m.dtype),
+  stack = backbone.Config(**{name: m[name] for name in same}, dtype=backbone.compute_dtype(m.dtype),
                           rope_long_factor=tuple(m.rope_long_factor))
   return model_lib.Config(
       backbone=stack, channels=codec(config).channels, patch_size=m.patch_size,
       vocab_size=m.vocab_size, img_id=m.img_id, end_img_id=m.end_img_id, diff_id=m.diff_id,
       pos_embed_max_size=m.pos_embed_max_size)
+
+
+def model_differences(ours: model_lib.Config, theirs: model_lib.Config) -> list[str]:
+  """One line for each setting but the numerics in which two models differ."""
+  lines = []
+  for section, other in ((ours, theirs), (ours.backbone, theirs.backbone)):
+    for field in dataclasses.fields(section):
+      if field.name in ("backbone", *NUMERICS):
+        continue
+      here, there = getattr(section, field.name), getattr(other, field.name)
+      if here != there:
+        lines.append(f"{field.name} is {here!r}, in the weights {there!r}")
+  return lines
+
+
+def with_model(config: ConfigDict, wanted: model_lib.Config) -> ConfigDict:
+  """`config` with the settings of another model: the inverse of `model`, but for numerics."""
+  config = ConfigDict(config)
+  for name in config.model:
+    for settings in (wanted, wanted.backbone):
+      if hasattr(settings, name) and name not in NUMERICS:
+        config.model[name] = getattr(settings, name)
+  return config
 
 
 def objective(config: ConfigDict) -> objective_lib.Objective:

@@ -277,7 +277,8 @@ def encode(
     print(f"encode {job.videos.describe()['source']} to {writer.path}", flush=True)
     pending = set(writer.pending())
     if todo := [shard for shard in writer.every()[host::hosts] if shard in pending]:
-      _write(job, todo, processes or _cores())
+      job.codec.prepare()
+      _write(job, todo, processes or (1 if job.codec.on_device else _cores()))
     if left := writer.pending():
       print(f"encode: {len(left)} shards left to the other hosts; the last one completes it")
       return writer.path
@@ -324,6 +325,11 @@ def _report(writer: store.Writer, seconds: float) -> None:
 def main() -> None:
   """The command; see the module's documentation."""
   config = flags.FLAGS.config
+  if flags.FLAGS.vae:
+    if config.codec.id != "vae":
+      raise InputError(f"config.codec.id is {config.codec.id!r}: leave out --vae, or set it to "
+                       "\"vae\"")
+    config.codec.path = flags.FLAGS.vae
   if flags.FLAGS.videos:
     config.data.source = "videos"
     config.data.videos = flags.FLAGS.videos
@@ -340,6 +346,8 @@ def main() -> None:
 def _define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/tiny.py.")
   flags.DEFINE_string("videos", "", "Folder of video files; default: config.data.videos.")
+  flags.DEFINE_string("vae", "", "Folder (or hub name) of the autoencoder; default: "
+                      "config.codec.path.")
   flags.DEFINE_string("out", "", "Folder of the data set; default: config.data.path.")
   flags.DEFINE_integer("processes", 0, "Processes that work; 0: one per CPU core.")
   flags.DEFINE_integer("host", 0, "Number of this machine among those that share the work.")

@@ -1,10 +1,14 @@
-"""Scores a model on held-out videos of the simulated world, against five baselines.
+"""Scores a model on held-out videos.
 
     python -m videogpt_jax.evaluate --checkpoint=runs/tiny --out=runs/tiny
+    python -m videogpt_jax.evaluate --benchmark=loss --checkpoint=runs/stage1 \\
+        --config=configs/stage4.py
 
-Prints the table by predicted frame and writes into the output folder `summary.json`, a
-plot, sample GIFs and, for a training run, its loss curve. Without --checkpoint the
-weights that come with the package are scored.
+`world` predicts videos of the simulated world and compares with five baselines: prints the
+table by predicted frame and writes into the output folder `summary.json`, a plot, sample
+GIFs and, for a training run, its loss curve. Without --checkpoint the weights that come
+with the package are scored. `loss` is the training loss on the held-out videos of a
+configuration, whatever configuration the model was trained with: `loss.json`.
 """
 
 import json
@@ -15,6 +19,8 @@ from typing import Any
 
 from absl import flags
 import jax
+from ml_collections import config_flags
+from ml_collections import ConfigDict
 import numpy as np
 
 from videogpt_jax import cli
@@ -90,6 +96,35 @@ def evaluate(weights: weights_lib.Weights, out: str | pathlib.Path, *, videos: i
   return summary
 
 
+def held_out_loss(config: ConfigDict, checkpoint: str) -> dict[str, float]:
+  """The loss of any weights on the held-out videos of a configuration.
+
+  Args:
+    config: says the data, the frames and clips of a sample, and how many batches.
+    checkpoint: workdir, checkpoint or weights folder.
+
+  Returns:
+    `loss`, `loss_by_noise/I` (time from noise to clean in equal bins), `loss_by_clip/I`.
+
+  Raises:
+    InputError: bad configuration or data, or weights of another model.
+  """
+  from videogpt_jax import config as config_lib
+  from videogpt_jax import held_out
+  from videogpt_jax import sharding
+  from videogpt_jax import step as step_lib
+  from videogpt_jax import train
+
+  config_lib.validate(config)
+  _, videos = train.open_data(config)
+  recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
+  train.check_batch(config, mesh)
+  wanted = step_lib.abstract_state(recipe, mesh).ema
+  params = train.initial_params(checkpoint, recipe.model, wanted)
+  with sharding.use(mesh):
+    return held_out.Loss(config, recipe, mesh, videos)(params)
+
+
 def _training(workdir: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
   """Steps and seconds of a training run, and its loss curve."""
   metrics = workdir / telemetry.METRICS_FILE
@@ -109,9 +144,13 @@ def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_enum("benchmark", "world", ["world"], "What to measure.")
+  flags.DEFINE_enum("benchmark", "world", ["world", "loss"], "What to measure.")
+  config_flags.DEFINE_config_file("config", None, "For loss: the experiment whose held-out videos "
+                                  "are taken.", lock_config=True)
   flags.DEFINE_string("checkpoint", "", "Training workdir or weights folder; default: the "
                       "weights that come with the package.")
+  flags.DEFINE_string("vae", "", "Folder (or hub name) of the autoencoder, for weights on its "
+                      "latents.")
   flags.DEFINE_string("out", "", "Folder for the results; default: the workdir, or "
                       "runs/evaluation.")
   flags.DEFINE_integer("videos", 64, "Held-out videos.", lower_bound=1)
@@ -121,14 +160,30 @@ def define_flags() -> None:
 def main() -> None:
   """Reads the flags and evaluates."""
   f = flags.FLAGS
-  weights = weights_lib.load(f.checkpoint)
+  if f.benchmark == "loss":
+    if f.config is None or not f.checkpoint:
+      raise InputError("--benchmark=loss needs --checkpoint and, for the held-out videos, --config")
+    losses = held_out_loss(f.config, f.checkpoint)
+    for name, value in losses.items():
+      print(f"{name:<18}{value:.6f}")
+    path = pathlib.Path(_folder(f.out, "runs/evaluation")) / "loss.json"
+    _write_json(path, {"checkpoint": f.checkpoint, "config": f.config.to_dict(), **losses})
+    print(f"wrote {path}")
+    return
+  weights = weights_lib.load(f.checkpoint, vae=f.vae)
   is_run = os.path.exists(os.path.join(weights.path, telemetry.METRICS_FILE))
-  out = f.out or (weights.path if is_run else "runs/evaluation")
+  out = _folder(f.out, weights.path if is_run else "runs/evaluation")
+  evaluate(weights, out, videos=f.videos, seed=f.seed, workdir=weights.path if is_run else None)
+
+
+def _folder(out: str, default: str) -> str:
+  """The folder for the results, made where missing."""
+  out = out or default
   try:
     os.makedirs(out, exist_ok=True)
   except OSError as error:
     raise InputError(f"cannot write to --out={out}: {error}") from error
-  evaluate(weights, out, videos=f.videos, seed=f.seed, workdir=weights.path if is_run else None)
+  return out
 
 
 if __name__ == "__main__":

@@ -20,19 +20,23 @@ from videogpt_jax.data import video
 from videogpt_jax.errors import InputError
 
 
-def history_from_file(path: str, weights: weights_lib.Weights, history: int
+def history_from_file(path: str, weights: weights_lib.Weights, history: int, interval: int
                       ) -> tuple[np.ndarray, float]:
-  """All frames of a video file at the model's resolution, uint8 [T, H, W, 3], and its fps.
+  """Every `interval`-th frame of a video file at the model's resolution, and their rate.
+
+  Returns:
+    Frames uint8 [T, H, W, 3], and how many of them make a second.
 
   Raises:
     InputError: the file cannot be read, or is shorter than the history.
   """
   try:
-    clip = video.read(path, stride=weights.config["data"].get("stride", 1))
+    clip = video.read(path, stride=interval)
   except video.VideoError as error:
     raise InputError(f"{path}: {error}") from error
   if len(clip.frames) < history:
-    raise InputError(f"{path} has {len(clip.frames)} frames, --history needs {history}")
+    raise InputError(f"{path} has {len(clip.frames)} frames at an interval of {interval}, "
+                     f"--history needs {history}")
   height, width = weights.frame_size
   if clip.frames.shape[1:3] != (height, width):
     print(f"{path}: {clip.frames.shape[2]}x{clip.frames.shape[1]} px resized and cropped to "
@@ -98,6 +102,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("clip_frames", -1, "Frames denoised at once.")
   flags.DEFINE_integer("steps", -1, "Euler steps.")
   flags.DEFINE_float("guidance", -1.0, "Weight of the history; 1 is none beyond the model's own.")
+  flags.DEFINE_integer("interval", -1, "Every how many frames of --video one is taken.")
+  flags.DEFINE_string("vae", "", "Folder (or hub name) of the autoencoder, for weights on its "
+                      "latents.")
   flags.DEFINE_integer("window", -1, "Most frames in a sequence.")
   flags.DEFINE_integer("seed", 0, "Of the noise: another seed, another future.")
 
@@ -105,15 +112,18 @@ def define_flags() -> None:
 def main() -> None:
   """Reads the flags and predicts."""
   f = flags.FLAGS
-  weights = weights_lib.load(f.checkpoint)
+  weights = weights_lib.load(f.checkpoint, vae=f.vae)
   sample = weights.config["sample"]
   chosen = lambda value, default: default if value == -1 else value
   history = chosen(f.history, sample["history"])
   clip_frames = chosen(f.clip_frames, sample["clip_frames"])
   window = chosen(f.window, sample["window"] or weights.config["data"]["frames"])
+  shortest, _ = weights.config["data"].get("interval", (1, 1))  # of those in training
+  interval = chosen(f.interval, shortest)
   sampler = rollout.Sampler(chosen(f.steps, sample["steps"]),
                             chosen(f.guidance, sample["guidance"]), sample["shift"])
-  for name, value in (("history", history), ("clip_frames", clip_frames), ("steps", sampler.steps)):
+  for name, value in (("history", history), ("clip_frames", clip_frames),
+                      ("steps", sampler.steps), ("interval", interval)):
     if value < 1:
       raise InputError(f"--{name} must be at least 1, got {value}")
   if clip_frames >= window:
@@ -123,8 +133,9 @@ def main() -> None:
     os.makedirs(f.out, exist_ok=True)
   except OSError as error:
     raise InputError(f"cannot write to --out={f.out}: {error}") from error
+  weights.codec.prepare()
   if f.video:
-    truth, fps = history_from_file(f.video, weights, history)
+    truth, fps = history_from_file(f.video, weights, history, interval)
   else:
     truth, fps = history_from_world(weights, f.sample)
     if len(truth) < history:

@@ -1,24 +1,15 @@
-"""The published model's names: tensors, settings, and folders of weights, in both directions.
-
-A weights folder holds tensors named and laid out as in the published checkpoint (in any of
-the files that `videogpt_jax.tensors` reads) and `config.json`: the model's settings, and
-under `videogpt_jax` what else is needed to predict (the codec and the sampling defaults).
-"""
+"""The published model's names and layouts: tensors and settings, in both directions."""
 
 from collections.abc import Callable, Iterator, Mapping
+import dataclasses
 import functools
-import itertools
-import json
-import math
-import os
-import re
 from typing import Any
 
 import einops
+from flax import traverse_util
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors import numpy as safetensors
 
 from videogpt_jax import backbone
 from videogpt_jax import model
@@ -26,8 +17,6 @@ from videogpt_jax import tensors as tensor_files
 from videogpt_jax.errors import InputError
 
 Tree = dict[str, Any]
-_TEMPORARY = ".tmp"
-TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
 # Names and layouts ------------------------------------------------------------------------
@@ -64,7 +53,7 @@ _LAYER = (
 _QKV = "self_attn.qkv_proj.weight"  # rows: all queries, all keys, all values
 _QKV_LEAVES = ("attention/q", "attention/kv")
 _STACK = "backbone/layers/"
-_POSITION = "pos_embed"  # a constant there and here: compared when read, written on request
+POSITION = "pos_embed"  # a constant there and here: compared when read, written on request
 
 
 def to_published(params: Tree, config: model.Config) -> dict[str, np.ndarray]:
@@ -99,6 +88,38 @@ def position_tensor(config: model.Config) -> np.ndarray:
   return model.position_table(config.backbone.hidden_size, side, side, side)[None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """A parameter of ours that is still in its files.
+
+  Attributes:
+    shape: of the whole parameter.
+    parts: read it: the whole, or the layers of a stack one after the other.
+    stacked: whether `parts` are layers.
+  """
+
+  shape: tuple[int, ...]
+  parts: tuple[Callable[[], np.ndarray], ...]
+  stacked: bool
+
+  @functools.cached_property
+  def dtype(self) -> np.dtype:
+    """The type of its (first) tensor, in which all of it is read."""
+    return self.parts[0]().dtype
+
+  def pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
+    """(index into the parameter, what stands there), one piece at a time."""
+    for i, read in enumerate(self.parts):
+      yield (i if self.stacked else ...), read().astype(self.dtype, copy=False)
+
+  def read(self, dtype: Any = None) -> np.ndarray:
+    """The whole parameter, filled piece by piece."""
+    out = np.empty(self.shape, dtype or self.dtype)
+    for index, piece in self.pieces():
+      out[index] = piece
+    return out
+
+
 def from_published(tensors: Mapping[str, np.ndarray], config: model.Config) -> Tree:
   """Published tensors as our parameter tree, float32.
 
@@ -106,53 +127,47 @@ def from_published(tensors: Mapping[str, np.ndarray], config: model.Config) -> T
     InputError: tensors missing, unexpected or of another shape, each by name; or another
       `pos_embed` than the one computed here.
   """
-  params: Tree = {}
-  for path, array in adopt(tensors, config):
-    _set(params, path, array.astype(np.float32))
-  return params
+  found = {path: x.read(np.float32) for path, x in leaves(tensors, config).items()}
+  return traverse_util.unflatten_dict(found, sep="/")
 
 
-def adopt(
-    tensors: Mapping[str, np.ndarray], config: model.Config
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Our leaves, path and array, one after the other, in the type of the tensors.
-
-  Only one leaf is held at a time. Raises `InputError` as `from_published` does.
-  """
+def leaves(tensors: Mapping[str, np.ndarray], config: model.Config) -> dict[str, Leaf]:
+  """Our parameters by path, none of them read yet. Raises `InputError` as `from_published` does."""
   _check(tensors, config)
   H, G = config.backbone.num_heads, config.backbone.num_kv_heads
+  wanted = traverse_util.flatten_dict(model.abstract_params(config), sep="/")
+  found: dict[str, Leaf] = {}
 
-  def arrange(x: np.ndarray, pattern: str) -> np.ndarray:
+  def add(path: str, names: list[str], convert: Callable[[np.ndarray], np.ndarray],
+          stacked: bool) -> None:
+    read = lambda name: convert(tensors[name])
+    parts = tuple(functools.partial(read, name) for name in names)
+    found[path] = Leaf(tuple(wanted[path].shape), parts, stacked)
+
+  def arrange(pattern: str) -> Callable[[np.ndarray], np.ndarray]:
     ours, theirs = pattern.split(" -> ")
     sizes = {axis: size for axis, size in {"H": H, "k": 2}.items() if f"({axis} " in theirs}
-    return einops.rearrange(x, f"{theirs} -> {ours}", **sizes)
+    return lambda x: einops.rearrange(x, f"{theirs} -> {ours}", **sizes)
 
-  def stack(name: str, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Filled layer by layer: a list of them beside their stack would be twice the memory."""
-    first = convert(tensors[f"llm.layers.0.{name}"])
-    out = np.empty((config.backbone.num_layers, *first.shape), first.dtype)
-    out[0] = first
-    for i in range(1, len(out)):
-      out[i] = convert(tensors[f"llm.layers.{i}.{name}"])
-    return out
-
+  layers = lambda name: [f"llm.layers.{i}.{name}" for i in range(config.backbone.num_layers)]
   for name, path, pattern in _OUTER:
-    yield path, np.ascontiguousarray(arrange(tensors[name], pattern))
+    add(path, [name], arrange(pattern), stacked=False)
   for name, path, pattern in _LAYER:
-    yield _STACK + path, stack(name, functools.partial(arrange, pattern=pattern))
+    add(_STACK + path, layers(name), arrange(pattern), stacked=True)
   rows = H * config.backbone.head_size
   q, kv = _QKV_LEAVES
-  yield _STACK + q, stack(
-      _QKV, lambda x: einops.rearrange(x[:rows], "(H E) D -> D H E", H=H))
-  yield _STACK + kv, stack(
-      _QKV, lambda x: einops.rearrange(x[rows:], "(k G E) D -> D k G E", k=2, G=G))
+  add(_STACK + q, layers(_QKV),
+      lambda x: einops.rearrange(x[:rows], "(H E) D -> D H E", H=H), stacked=True)
+  add(_STACK + kv, layers(_QKV),
+      lambda x: einops.rearrange(x[rows:], "(k G E) D -> D k G E", k=2, G=G), stacked=True)
+  return found
 
 
 def _check(tensors: Mapping[str, np.ndarray], config: model.Config) -> None:
   expected = shapes(config)
   have = tensors.shapes if isinstance(tensors, tensor_files.TensorFiles) else {
       name: tuple(x.shape) for name, x in tensors.items()}
-  found, wanted = set(have) - {_POSITION}, set(expected)
+  found, wanted = set(have) - {POSITION}, set(expected)
   wrong = [f"missing {name}" for name in sorted(wanted - found)]
   wrong += [f"unexpected {name}" for name in sorted(found - wanted)]
   wrong += [f"{name} is {have[name]}, expected {expected[name]}"
@@ -160,22 +175,22 @@ def _check(tensors: Mapping[str, np.ndarray], config: model.Config) -> None:
   if wrong:
     more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
     raise InputError(f"these weights do not fit the model: {'; '.join(wrong[:8])}{more}")
-  if _POSITION in have:
-    _check_position(tensors[_POSITION], config)
+  if POSITION in have:
+    _check_position(tensors[POSITION], config)
 
 
 def _check_position(theirs: np.ndarray, config: model.Config) -> None:
   """The table is computed here, never read: the one they trained with must be the same."""
   ours = position_tensor(config)
   if theirs.shape != ours.shape:
-    raise InputError(f"{_POSITION} is {theirs.shape}, expected {ours.shape}: "
+    raise InputError(f"{POSITION} is {theirs.shape}, expected {ours.shape}: "
                      "pos_embed_max_size or hidden_size of config.json is another")
   resolution = 4 * float(ml_dtypes.finfo(theirs.dtype).eps)  # of sines and cosines
   error = max(float(np.abs(a.astype(np.float32) - b).max())
               for a, b in zip(np.array_split(theirs[0], 16), np.array_split(ours[0], 16),
                               strict=True))
   if not error <= max(resolution, 1e-4):
-    raise InputError(f"{_POSITION} differs by {error:.2g} from the sine-cosine table that this "
+    raise InputError(f"{POSITION} differs by {error:.2g} from the sine-cosine table that this "
                      "model computes; weights trained with another table cannot be used")
 
 
@@ -199,13 +214,6 @@ def leaf(tree: Tree, path: str) -> Any:
   return tree
 
 
-def _set(tree: Tree, path: str, value: Any) -> None:
-  *parents, leaf = path.split("/")
-  for key in parents:
-    tree = tree.setdefault(key, {})
-  tree[leaf] = value
-
-
 # Settings ---------------------------------------------------------------------------------
 
 
@@ -224,8 +232,11 @@ def published_settings(config: model.Config) -> dict[str, Any]:
   }
 
 
-def model_config(settings: Mapping[str, Any], **numerics: Any) -> model.Config:
-  """The model that published settings describe; `numerics` go to `backbone.Config`.
+def model_config(settings: Mapping[str, Any]) -> model.Config:
+  """The model that published settings describe.
+
+  What a `config.json` of Phi-3 does not hold is as in the published code: patches of 2x2
+  cells, 4 channels, a position table of side 192.
 
   Raises:
     InputError: a setting is missing.
@@ -236,13 +247,13 @@ def model_config(settings: Mapping[str, Any], **numerics: Any) -> model.Config:
         backbone=backbone.Config(
             hidden_size=settings["hidden_size"], intermediate_size=settings["intermediate_size"],
             num_layers=settings["num_hidden_layers"], num_heads=settings["num_attention_heads"],
-            num_kv_heads=settings["num_key_value_heads"], rms_norm_eps=settings["rms_norm_eps"],
-            rope_theta=settings["rope_theta"],
+            num_kv_heads=settings.get("num_key_value_heads") or settings["num_attention_heads"],
+            rms_norm_eps=settings["rms_norm_eps"], rope_theta=settings["rope_theta"],
             rope_long_factor=_long_factor(settings.get("rope_scaling")),
-            max_position_embeddings=settings.get("max_position_embeddings", 4096), **numerics),
-        channels=settings["in_channels"], patch_size=settings["patch_size"],
+            max_position_embeddings=settings.get("max_position_embeddings", 4096)),
+        channels=settings.get("in_channels", 4), patch_size=settings.get("patch_size", 2),
         vocab_size=settings["vocab_size"], img_id=ids["img"], end_img_id=ids["end_img"],
-        diff_id=ids["diff"], pos_embed_max_size=settings["pos_embed_max_size"])
+        diff_id=ids["diff"], pos_embed_max_size=settings.get("pos_embed_max_size", 192))
   except KeyError as error:
     raise InputError(f"config.json lacks {error}") from error
 
@@ -262,103 +273,3 @@ def _long_factor(rope_scaling: Mapping[str, Any] | None) -> tuple[float, ...]:
   if kind not in ("longrope", "su"):
     raise InputError(f"config.json asks for rope_scaling {kind!r}; known: longrope, su, none")
   return tuple(float(factor) for factor in rope_scaling["long_factor"])
-
-
-# Folders ----------------------------------------------------------------------------------
-
-_SETTINGS = "config.json"
-_SHARD_BYTES = 2 << 30
-
-
-def save_folder(folder: str, read: Callable[[str], np.ndarray], config: model.Config,
-                extra: dict[str, Any], dtype: str = "bfloat16", *, position: bool = True,
-                shard_bytes: int = _SHARD_BYTES) -> None:
-  """Writes `config.json` and `model.safetensors` (or shards of it and their index).
-
-  Every file is written under a temporary name; the real names appear when all are whole.
-
-  Args:
-    folder: created where missing; other weights in it are replaced.
-    read: gives the parameter at a path of our tree; see `publish`.
-    config: the model it belongs to.
-    extra: what else prediction needs (codec, sampling defaults), JSON-able.
-    dtype: type of the stored tensors, a key of `TYPES`.
-    position: whether the constant `pos_embed` is written too, as published.
-    shard_bytes: most bytes of a file, if one tensor does not take more.
-  """
-  os.makedirs(folder, exist_ok=True)
-  stream = publish(read, config)
-  expected = shapes(config)
-  if position:
-    last = ((name, position_tensor(config)) for name in [_POSITION])  # lazily: it is large
-    stream = itertools.chain(stream, last)
-    expected[_POSITION] = (1, config.pos_embed_max_size**2, config.backbone.hidden_size)
-  kind = np.dtype(TYPES[dtype])
-  shards = _split({name: math.prod(shape) * kind.itemsize for name, shape in expected.items()},
-                  shard_bytes)
-  files: dict[str, list[str]] = {}
-  for number, names in enumerate(shards, 1):
-    file = ("model.safetensors" if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-    tensors = {name: np.ascontiguousarray(x.astype(kind))
-               for name, x in itertools.islice(stream, len(names))}
-    safetensors.save_file(tensors, os.path.join(folder, file + _TEMPORARY))
-    files[file] = names
-  texts = {_SETTINGS: {**published_settings(config), "torch_dtype": dtype, "videogpt_jax": extra}}
-  if len(shards) > 1:
-    texts["model.safetensors.index.json"] = {
-        "metadata": {"total_size": sum(math.prod(x) for x in expected.values()) * kind.itemsize},
-        "weight_map": {name: file for file, names in files.items() for name in names}}
-  for file, content in texts.items():
-    with open(os.path.join(folder, file + _TEMPORARY), "w", encoding="utf-8") as opened:
-      json.dump(content, opened, indent=2)
-      opened.write("\n")
-  _replace(folder, [*files, *texts])
-
-
-def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
-  """Names in order, in runs of at most `most` bytes."""
-  runs: list[list[str]] = []
-  room = 0
-  for name, size in sizes.items():
-    if not runs or size > room:
-      runs.append([])
-      room = most
-    runs[-1].append(name)
-    room -= size
-  return runs
-
-
-def _replace(folder: str, files: list[str]) -> None:
-  """Gives the temporary files their names, and removes weights that stood there before."""
-  for file in files:
-    os.replace(os.path.join(folder, file + _TEMPORARY), os.path.join(folder, file))
-  for old in os.listdir(folder):
-    if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old) and old not in files:
-      os.remove(os.path.join(folder, old))
-
-
-def read_settings(folder: str) -> dict[str, Any]:
-  """The `config.json` of a weights folder. Raises `InputError` if there is none."""
-  try:
-    with open(os.path.join(folder, _SETTINGS), encoding="utf-8") as file:
-      return dict(json.load(file))
-  except (OSError, ValueError, TypeError) as error:
-    raise InputError(f"{folder}: no whole weights folder; {_SETTINGS}: {error}") from error
-
-
-def load_folder(folder: str, **numerics: Any) -> tuple[Tree, model.Config, dict[str, Any]]:
-  """Parameters (float32), model and extra settings of a weights folder.
-
-  Raises:
-    InputError: a file is missing or damaged, or the tensors do not fit the settings.
-  """
-  settings = read_settings(folder)
-  config = model_config(settings, **numerics)
-  params = from_published(tensor_files.open_folder(folder), config)
-  return params, config, settings.get("videogpt_jax", {})
-
-
-def is_folder(path: str) -> bool:
-  """Whether `path` holds exported weights (rather than a training run)."""
-  return os.path.exists(os.path.join(path, _SETTINGS))

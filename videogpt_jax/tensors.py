@@ -1,10 +1,11 @@
 """Tensors by name from the files that checkpoints come in, one at a time.
 
-A folder may hold `model.safetensors`, safetensors shards, `pytorch_model.bin` or `.bin`
-shards, with an index or without. Nothing is read before it is asked for, so a checkpoint
-larger than the memory can be walked through. `.bin` files are read without torch and
-without running what they hold: of the pickle language only tensors in dictionaries are
-understood, everything else is refused.
+A folder may hold `model.safetensors`, safetensors shards, `pytorch_model.bin` (a file, or a
+folder of shards), other `.bin` shards, with an index or without, or `model.pt`; or it holds
+them in a folder `transformer`, as the published training code writes them. Nothing is read
+before it is asked for, so a checkpoint larger than the memory can be walked through. PyTorch's
+files are read without torch and without running what they hold: of the pickle language only
+tensors in dictionaries are understood, everything else is refused.
 """
 
 import collections
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 from videogpt_jax.errors import InputError
 
 _INDEX = ".index.json"
+_WHOLE = ("model.safetensors", "pytorch_model.bin", "model.pt")
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
@@ -60,7 +62,7 @@ def open_folder(folder: str) -> TensorFiles:
   readers: dict[str, Callable[[], np.ndarray]] = {}
   shapes: dict[str, tuple[int, ...]] = {}
   for path in _files(folder):
-    open_file = _open_bin if path.endswith(".bin") else _open_safetensors
+    open_file = _open_safetensors if path.endswith(".safetensors") else _open_bin
     for name, (read, shape) in open_file(path).items():
       if name in readers:
         raise InputError(f"{folder}: the tensor {name} stands in several files")
@@ -71,17 +73,21 @@ def open_folder(folder: str) -> TensorFiles:
 def _files(folder: str) -> list[str]:
   if os.path.isfile(folder):
     return [folder]
-  for ending in (".safetensors", ".bin"):
+  for ending in (".safetensors", ".bin", ".pt"):
     indices = sorted(glob.glob(os.path.join(glob.escape(folder), f"*{ending}{_INDEX}")))
     if indices:
       return _indexed(indices[0])
     found = sorted(glob.glob(os.path.join(glob.escape(folder), f"*{ending}")))
-    whole = [path for path in found
-             if os.path.basename(path) in ("model.safetensors", "pytorch_model.bin")]
+    whole = [path for path in found if os.path.basename(path) in _WHOLE]
+    if whole and os.path.isdir(whole[0]):
+      return _files(whole[0])
     if found:
       return whole or found
-  raise InputError(f"{folder}: no weights; expected model.safetensors, pytorch_model.bin or "
-                   "shards of one of them")
+  inner = os.path.join(folder, "transformer")
+  if os.path.isdir(inner):
+    return _files(inner)
+  raise InputError(f"{folder}: no weights; expected model.safetensors, pytorch_model.bin, shards "
+                   "of one of them, or model.pt")
 
 
 def _indexed(index: str) -> list[str]:

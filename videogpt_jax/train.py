@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from absl import logging
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -23,7 +24,9 @@ import numpy as np
 from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
 from videogpt_jax import flops
+from videogpt_jax import held_out
 from videogpt_jax import machine
+from videogpt_jax import model as model_lib
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
@@ -157,18 +160,34 @@ def find_state(config: ConfigDict, recipe: step_lib.Recipe, mesh: jax.sharding.M
     return restored[1]
   if not config.checkpoint.init_from:
     return step_lib.create_state(recipe, mesh)
-  loaded = weights_lib.load(config.checkpoint.init_from)
-  params = jax.tree.map(_fit, loaded.params, step_lib.abstract_state(recipe, mesh).params)
+  wanted = step_lib.abstract_state(recipe, mesh).params
+  params = initial_params(config.checkpoint.init_from, recipe.model, wanted)
   print(f"starting from the weights of {config.checkpoint.init_from}", flush=True)
   state = step_lib.create_state(recipe, mesh)
   return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
 
-def _fit(loaded: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-  if loaded.shape != wanted.shape:
-    raise InputError(f"config.checkpoint.init_from holds another model: a parameter of shape "
-                     f"{loaded.shape} where {wanted.shape} is needed")
-  return jax.device_put(loaded.astype(wanted.dtype), wanted.sharding)
+def initial_params(path: str, model: model_lib.Config, wanted: Any) -> Any:
+  """The weights at `path`, placed as the tree `wanted` says.
+
+  Raises:
+    InputError: they belong to another model.
+  """
+  source = weights_lib.open_source(path)
+  shardings = {}
+  for name, leaf in traverse_util.flatten_dict(wanted, sep="/").items():
+    found = source.leaves.get(name)
+    if found is None or tuple(found.shape) != leaf.shape:
+      there = "absent" if found is None else f"of shape {tuple(found.shape)}"
+      raise InputError(f"{path} holds another model: the parameter {name} is {there}, "
+                       f"{leaf.shape} is needed")
+    shardings[name] = leaf.sharding
+  differences = config_lib.model_differences(model, source.model)
+  if differences:
+    raise InputError(f"{path} holds another model than the configuration asks for: "
+                     + "; ".join(differences))
+  return weights_lib.parameters(
+    source, lambda name, array: jax.device_put(array, shardings[name]))
 
 
 def training_batches(run: Run, start: int) -> Generator[pipeline.Batch, None, None]:
@@ -204,22 +223,6 @@ class stop_signal:
 
 
 # At a cadence -----------------------------------------------------------------------------
-
-
-def add_up(metrics: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-  """The sum of every metric over steps."""
-  return {name: np.sum([m[name] for m in metrics], axis=0) for name in metrics[0]}
-
-
-def means(sums: dict[str, np.ndarray], prefix: str = "") -> dict[str, float]:
-  """Mean losses from the sums of `step.loss_metrics`: all, by noise level, by clip index."""
-  values = {f"{prefix}loss": float(sums["loss_sum"] / max(float(sums["loss_count"]), 1.0))}
-  for kind in ("noise", "clip"):
-    for i, (total, count) in enumerate(
-        zip(sums[f"{kind}_sum"], sums[f"{kind}_count"], strict=True)):
-      if count:
-        values[f"{prefix}loss_by_{kind}/{i}"] = float(total / count)
-  return values
 
 
 class TrainLog:
@@ -277,8 +280,8 @@ class TrainLog:
 
   def _write(self, step: int) -> None:
     """One line, TensorBoard and JSONL for the steps fetched since the last one."""
-    total = add_up(self._fetched)
-    values = means(total)
+    total = held_out.add_up(self._fetched)
+    values = held_out.means(total)
     values["grad_norm"] = float(total["grad_norm"] / len(self._fetched))
     values["learning_rate"] = float(self._schedule(step - 1))
     values["skipped"] = float(self._fetched[-1]["skipped"])
@@ -297,46 +300,45 @@ class Validation:
 
   def __init__(self, run: Run):
     self._run = run
-    self._step = step_lib.compile_validation(run.recipe, run.mesh)
+    self._loss = held_out.Loss(run.config, run.recipe, run.mesh, run.validation)
 
   def due(self, step: int) -> bool:
     """Whether to run after `step` steps."""
     return step % self._run.config.log.validate_every == 0 or step == self._run.config.train.steps
 
   def __call__(self, step: int, ema: Any) -> None:
-    run, data = self._run, self._run.config.data
-    batches = pipeline.to_device(
-      pipeline.batches(
-        run.validation, frames=data.frames, interval=tuple(data.interval),
-        batch_size=run.config.train.batch_size, seed=run.config.seed,
-        host=jax.process_index(), hosts=jax.process_count()),
-      sharding.rows(run.mesh), prefetch=1)
-    fetched = [
-      jax.device_get(self._step(ema, jnp.int32(i), next(batches).latents))
-      for i in range(run.config.log.validation_batches)
-    ]
-    total = add_up(fetched)
-    values = means(total, "validation/")
-    run.writer.scalars(step, values)
+    values = {f"validation/{name}": value for name, value in self._loss(ema).items()}
+    self._run.writer.scalars(step, values)
     print(f"step {step} held-out loss {values['validation/loss']:.5f}", flush=True)
 
 
 class Videos:
-  """Rolls out held-out videos and shows them beside the truth."""
+  """Rolls out held-out videos and shows them beside the truth.
+
+  Training needs no autoencoder, videos do: without one, a warning takes their place.
+  """
 
   def __init__(self, run: Run):
     self._run = run
+    self._count = min(run.config.log.videos, len(run.validation))
+    if self._count:
+      try:
+        run.recipe.codec.prepare()
+      except InputError as error:
+        self._count = 0
+        logging.warning("no videos will be shown: %s; set --config.codec.path, or "
+                        "--config.log.videos=0", error)
 
   def due(self, step: int) -> bool:
     """Whether to run after `step` steps."""
     config = self._run.config
     last = step == config.train.steps
-    return bool(config.log.videos) and (step % config.log.videos_every == 0 or last)
+    return bool(self._count) and (step % config.log.videos_every == 0 or last)
 
   def __call__(self, step: int, ema: Any) -> None:
     run, sample = self._run, self._run.config.sample
     frames = run.config.data.frames
-    count = min(run.config.log.videos, len(run.validation))
+    count = self._count
     rows = next(pipeline.batches(
       run.validation, frames=frames, interval=tuple(run.config.data.interval), batch_size=count,
       seed=run.config.seed))

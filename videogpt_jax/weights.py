@@ -1,21 +1,44 @@
-"""Weights to predict with: a training run, an exported folder, or those that come along."""
+"""Weights: a training run, a weights folder, or those that come along; opened and loaded."""
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import os
 import pathlib
 from typing import Any
 
+from flax import traverse_util
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 import numpy as np
 
+from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
+from videogpt_jax import folder as folder_lib
 from videogpt_jax import model as model_lib
-from videogpt_jax import published
 from videogpt_jax import rollout
 from videogpt_jax.errors import InputError
 
 PRETRAINED = str(pathlib.Path(__file__).parent / "pretrained" / "world")
+SECTIONS = ("codec", "data", "sample")  # of a configuration, needed for prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Weights that are not read yet, whatever they lie in.
+
+  Attributes:
+    path: where.
+    model: what model they belong to, with default numerics.
+    leaves: the parameters by path `a/b/c`; each has `shape`, `dtype`, `stacked`, and
+      `read()` and `pieces()` that read it whole or piece by piece.
+    config: sections of the configuration they were trained with.
+  """
+
+  path: str
+  model: model_lib.Config
+  leaves: Mapping[str, Any]
+  config: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +83,7 @@ class Weights:
     """Predicts the `num_frames` frames after `frames`; defaults as in the run's configuration."""
     sample = self.config["sample"]
     latents: Float[Array, "B h_ h w C"] = self.codec.normalize(
-      jax.numpy.asarray(self.codec.encode(frames)))
+      jnp.asarray(self.codec.encode(frames)))
     new = rollout.generate(
       self.model,
       self.params,
@@ -74,36 +97,83 @@ class Weights:
     return self.codec.decode(jax.device_get(self.codec.denormalize(new)))
 
 
-def load(path: str = "", *, attention: str = "auto", dtype: str = "auto") -> Weights:
-  """Loads weights for prediction.
+def open_source(path: str = "", special_ids: Mapping[str, int] | None = None) -> Source:
+  """Finds weights.
 
   Args:
-    path: a workdir of `videogpt_jax.main`, a weights folder (`videogpt_jax.convert`), or
-      "" for the weights that come with the package.
-    attention: implementation, see `videogpt_jax.attention`.
-    dtype: compute type; "auto" as in training.
+    path: a workdir of `videogpt_jax.main`, a checkpoint, a weights folder (exported here, or
+      the published one), or "" for the weights that come with the package.
+    special_ids: see `folder.open_folder`.
 
   Raises:
     InputError: neither kind of folder is there, or it is damaged.
   """
-  from videogpt_jax import config as config_lib  # local: needs ml_collections for workdirs only
-
   path = path or PRETRAINED
-  numerics = {"attention": attention, "dtype": config_lib.compute_dtype(dtype)}
-  if published.is_folder(path):
-    params, model, config = published.load_folder(path, **numerics)
-    missing = [name for name in ("codec", "data", "sample") if name not in config]
+  if folder_lib.is_folder(path):
+    found = folder_lib.open_folder(path, special_ids)
+    config = found.extra or _published_config(found)
+    missing = [name for name in SECTIONS if name not in config]
     if missing:
       raise InputError(f"{path}/config.json does not say how to make videos with these weights: "
                        f"\"videogpt_jax\" in it lacks {', '.join(missing)}; export them with "
                        "python -m videogpt_jax.convert")
-  elif os.path.isdir(path):
-    from videogpt_jax import checkpoint
-
-    params, config = checkpoint.load_params(path)
-    model = config_lib.model(config_lib.from_saved(config))
-    model = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, **numerics))
-  else:
+    return Source(path, found.model, found.leaves, config)
+  if not os.path.isdir(path):
     raise InputError(f"no weights at {path}: expected a training workdir or a weights folder")
-  params = jax.tree.map(jax.numpy.asarray, params)
-  return Weights(model, params, codec_lib.from_settings(config["codec"]), config, path)
+  from videogpt_jax import checkpoint  # local, both: they need packages that folders do not
+  from videogpt_jax import config as config_lib
+
+  saved = checkpoint.open_params(path)
+  config = config_lib.from_saved(saved.config)
+  usual = {name: getattr(backbone.Config, name) for name in config_lib.NUMERICS}
+  model = config_lib.model(config)
+  model = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, **usual))
+  return Source(path, model, saved.leaves, config.to_dict())
+
+
+def _published_config(found: folder_lib.Folder) -> dict[str, Any]:
+  """What the published scripts say beside their weights, and the autoencoder that lies there."""
+  from videogpt_jax import config as config_lib
+  from videogpt_jax import presets
+
+  config = config_lib.with_model(presets.paper(), found.model)
+  config.codec.channels = found.model.channels
+  autoencoder = os.path.join(found.path, "vae")
+  if os.path.isdir(autoencoder):
+    config.codec.path = autoencoder
+  return config.to_dict()
+
+
+def load(path: str = "", *, attention: str = "auto", dtype: str = "auto", vae: str = "") -> Weights:
+  """Loads weights for prediction.
+
+  Args:
+    path: see `open_source`.
+    attention: implementation, see `videogpt_jax.attention`.
+    dtype: compute type; "auto" as in training.
+    vae: where the autoencoder lies, see `videogpt_jax.vae.load`; by default where the
+      weights' configuration says.
+
+  Raises:
+    InputError: see `open_source`; or these weights work on pixels and `vae` is given.
+  """
+  source = open_source(path)
+  codec = {**source.config["codec"], **({"path": vae} if vae else {})}
+  if vae and codec["id"] != "vae":
+    raise InputError(f"the weights {source.path} work on pixels: leave out --vae")
+  numerics = {"attention": attention, "dtype": backbone.compute_dtype(dtype)}
+  model = dataclasses.replace(
+    source.model, backbone=dataclasses.replace(source.model.backbone, **numerics))
+  params = parameters(source, lambda name, array: jnp.asarray(array))
+  return Weights(model, params, codec_lib.from_settings(codec), source.config, source.path)
+
+
+def parameters(source: Source, place: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
+  """The parameter tree in float32, one leaf after the other.
+
+  Args:
+    source: of the weights.
+    place: puts a leaf, by its path, where it belongs.
+  """
+  found = {name: place(name, leaf.read(np.float32)) for name, leaf in source.leaves.items()}
+  return traverse_util.unflatten_dict(found, sep="/")

@@ -1,0 +1,21 @@
+"""Stage 4 of 4 of the published pretraining: 80 frames.
+
+    python -m videogpt_jax.main --config=configs/stage4.py --workdir=runs/stage4
+
+What comes before and after: configs/stage1.py.
+"""
+
+from videogpt_jax import presets
+
+
+def get_config(variant: str = ""):
+  c = presets.stage(4, variant)
+  if variant:
+    c.data.frames = 16
+    c.data.interval = (1, 2)
+    c.train.steps = 1000
+  else:
+    c.data.frames = 80
+    c.data.interval = (4, 12)
+    c.train.steps = 9_000
+  return c

@@ -1,0 +1,105 @@
+"""Settings that several run cards share: the published training, in full and in small."""
+
+from ml_collections import ConfigDict
+
+from videogpt_jax import config as config_lib
+
+
+def paper() -> ConfigDict:
+  """The published model and how it was trained: what its four stages have in common.
+
+  Source: the published training and inference scripts; where they say nothing, ours, and
+  `docs/fidelity.md` says so.
+  """
+  c = config_lib.default()
+  c.model.hidden_size = 3072  # as Phi-3-mini, arXiv 2404.14219
+  c.model.intermediate_size = 8192
+  c.model.num_layers = 32
+  c.model.num_heads = c.model.num_kv_heads = 32
+  c.model.vocab_size = 32_064
+  c.model.diff_id = 32_011  # ours: the first rows that Phi-3's own tokenizer leaves unused
+  c.model.img_id = 32_012
+  c.model.end_img_id = 32_013
+  c.model.remat = "full"
+  c.codec.id = "vae"
+  c.codec.block = 8
+  c.codec.scale = 0.13025
+  c.codec.shift = 0.0
+  c.data.path = "data/pretraining"
+  c.data.source = "videos"
+  c.data.height = 176  # of videos of 16:9 whose longest side is 320
+  c.data.width = 320
+  c.data.min_side = 128
+  c.data.frames = 80
+  c.data.interval = (4, 4)
+  c.data.workers = 8
+  c.train.batch_size = 320
+  c.train.ema_decay = 0.9999
+  c.optimizer.learning_rate = 1e-4
+  c.optimizer.warmup_steps = 1000  # 320,000 scheduler steps over 320 processes
+  c.optimizer.eps = 1e-5
+  c.mesh.data = 1
+  c.mesh.fsdp = -1
+  c.log.validate_every = 1000
+  c.log.videos_every = 5000
+  c.sample.history = 8
+  c.sample.clip_frames = 24
+  c.sample.steps = 50
+  c.sample.guidance = 1.5
+  return c
+
+
+def paper_in_small() -> ConfigDict:
+  """The same training on the simulated world, for a laptop: a fifth of the frames, 1M parameters.
+
+  One data set of long videos serves all four stages, as in the published training.
+  """
+  c = config_lib.default()
+  c.data.path = "data/stages"
+  c.data.source = "world"
+  c.data.height = c.data.width = 32
+  c.data.train_videos = 4000
+  c.data.validation_videos = 256
+  c.codec.block = 4
+  c.codec.shift = 0.08
+  c.codec.scale = 1.0
+  c.world.size = 32
+  c.world.frames = 32
+  c.world.objects = (1, 2)
+  c.world.radius = (4.0, 6.0)
+  c.world.speed = (0.5, 1.0)
+  c.model.hidden_size = 128
+  c.model.intermediate_size = 344
+  c.model.num_layers = 4
+  c.model.num_heads = c.model.num_kv_heads = 4
+  c.train.batch_size = 4
+  c.train.ema_decay = 0.99
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.warmup_steps = 50
+  c.log.every = 50
+  c.log.validation_batches = 16
+  c.log.videos_every = 1000
+  c.log.videos = 2
+  c.sample.history = 2
+  c.sample.clip_frames = 1
+  return c
+
+
+def stage(number: int, variant: str = "") -> ConfigDict:
+  """What the run cards of the four stages share.
+
+  Args:
+    number: of the stage, 1 to 4.
+    variant: "" for the published model; "small" for `paper_in_small`.
+
+  Raises:
+    ValueError: another variant.
+  """
+  if variant not in ("", "small"):
+    raise ValueError(f"the stages know the variant :small, not :{variant}")
+  c = paper_in_small() if variant else paper()
+  c.name = f"stage{number}" + (f"_{variant}" if variant else "")
+  if number > 1:
+    before = c.name.replace(f"stage{number}", f"stage{number - 1}")
+    c.checkpoint.init_from = f"runs/{before}"
+  return c
