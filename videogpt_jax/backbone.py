@@ -172,6 +172,14 @@ def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
   return module.param(name, named, shape, jnp.float32)
 
 
+# The matrices of a stack of layers, for optimizers that treat them as such: of each leaf of
+# `Backbone`'s `layers` the axes summed over and those made; all others count matrices.
+MATRICES = {
+    "attention/q": ((1,), (2, 3)), "attention/kv": ((1,), (3, 4)), "attention/o": ((1, 2), (3,)),
+    "mlp/gate_up": ((1,), (3,)), "mlp/down": ((1,), (2,)),
+}
+
+
 class RMSNorm(nn.Module):
   """Root mean square layer norm (Zhang and Sennrich, arXiv 1910.07467)."""
 

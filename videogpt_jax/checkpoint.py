@@ -34,6 +34,7 @@ EXTRA = "extra"
 _CHECKSUMS = "checksums.json"
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _DAMAGED = "damaged-"
+CHUNK_BYTES = 128 << 20  # of the stored arrays: a part of one can be read alone, and in parallel
 
 # Leaves of `config.model` that change how the model is computed, not what it is.
 _HOW_ONLY = {"model": {"dtype", "attention", "remat"}, "codec": {"path"}}
@@ -113,9 +114,11 @@ class Checkpoints:
     if step == self._latest:
       return
     self._saving = step
+    tree = serialization.to_state_dict(state)
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     args = ocp.args.Composite(
       **{
-        STATE: ocp.args.StandardSave(serialization.to_state_dict(state)),
+        STATE: ocp.args.StandardSave(tree, save_args=chunks),
         EXTRA: ocp.args.JsonSave(dict(extra)),
       }
     )

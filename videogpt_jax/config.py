@@ -144,8 +144,9 @@ def _train() -> ConfigDict:
 
 
 def _optimizer() -> ConfigDict:
-  """AdamW."""
+  """AdamW, or Muon for the matrices of the stack and AdamW for the rest."""
   c = ConfigDict()
+  c.name = "adamw"  # adamw, muon
   c.learning_rate = 1e-3
   c.warmup_steps = 100
   c.cooldown_steps = 0  # linear decay to zero over the last steps; 0: constant
@@ -285,6 +286,7 @@ def _validate_model(config: ConfigDict) -> None:
   _one_of(config, "model.dtype", ("auto", "float32", "bfloat16"))
   _one_of(config, "model.attention", ("auto", *attention.IMPLEMENTATIONS))
   _one_of(config, "model.remat", tuple(backbone.REMAT_POLICIES))
+  _one_of(config, "optimizer.name", step_lib.OPTIMIZERS)
   cell = config.codec.block
   for name in ("height", "width"):
     if config.data[name] % cell:
@@ -389,9 +391,9 @@ def recipe(config: ConfigDict) -> step_lib.Recipe:
   """The train step of a configuration."""
   o = config.optimizer
   optimizer = step_lib.OptimizerConfig(
-      learning_rate=o.learning_rate, warmup_steps=o.warmup_steps, total_steps=config.train.steps,
-      cooldown_steps=o.cooldown_steps, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay,
-      clip_norm=o.clip_norm)
+      name=o.name, learning_rate=o.learning_rate, warmup_steps=o.warmup_steps,
+      total_steps=config.train.steps, cooldown_steps=o.cooldown_steps, b1=o.b1, b2=o.b2, eps=o.eps,
+      weight_decay=o.weight_decay, clip_norm=o.clip_norm)
   return step_lib.Recipe(
       model=model(config), codec=codec(config), objective=objective(config), optimizer=optimizer,
       ema_decay=config.train.ema_decay, accumulation=config.train.accumulation, seed=config.seed)

@@ -8,9 +8,10 @@
 table by predicted frame and writes into the output folder `summary.json`, a plot, sample
 GIFs and, for a training run, its loss curve. Without --checkpoint the weights that come
 with the package are scored. `loss` is the training loss on the held-out videos of a
-configuration, whatever configuration the model was trained with: `loss.json`.
+configuration, whatever configuration the model was trained with: `loss.json`, `loss.png`.
 """
 
+from collections.abc import Sequence
 import json
 import os
 import pathlib
@@ -96,15 +97,16 @@ def evaluate(weights: weights_lib.Weights, out: str | pathlib.Path, *, videos: i
   return summary
 
 
-def held_out_loss(config: ConfigDict, checkpoint: str) -> dict[str, float]:
+def held_out_loss(config: ConfigDict, checkpoints: Sequence[str]) -> dict[str, dict[str, float]]:
   """The loss of any weights on the held-out videos of a configuration.
 
   Args:
     config: says the data, the frames and clips of a sample, and how many batches.
-    checkpoint: workdir, checkpoint or weights folder.
+    checkpoints: workdirs, checkpoints or weights folders, of one model.
 
   Returns:
-    `loss`, `loss_by_noise/I` (time from noise to clean in equal bins), `loss_by_clip/I`.
+    By checkpoint: `loss`, `loss_by_noise/I` (time from noise to clean in equal bins) and
+    `loss_by_clip/I`.
 
   Raises:
     InputError: bad configuration or data, or weights of another model.
@@ -120,9 +122,9 @@ def held_out_loss(config: ConfigDict, checkpoint: str) -> dict[str, float]:
   recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
   train.check_batch(config, mesh)
   wanted = step_lib.abstract_state(recipe, mesh).ema
-  params = train.initial_params(checkpoint, recipe.model, wanted)
+  loss = held_out.Loss(config, recipe, mesh, videos)
   with sharding.use(mesh):
-    return held_out.Loss(config, recipe, mesh, videos)(params)
+    return {path: loss(train.initial_params(path, recipe.model, wanted)) for path in checkpoints}
 
 
 def _training(workdir: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
@@ -147,8 +149,8 @@ def define_flags() -> None:
   flags.DEFINE_enum("benchmark", "world", ["world", "loss"], "What to measure.")
   config_flags.DEFINE_config_file("config", None, "For loss: the experiment whose held-out videos "
                                   "are taken.", lock_config=True)
-  flags.DEFINE_string("checkpoint", "", "Training workdir or weights folder; default: the "
-                      "weights that come with the package.")
+  flags.DEFINE_string("checkpoint", "", "Training workdir or weights folder (for loss, several "
+                      "separated by commas); default: the weights that come with the package.")
   flags.DEFINE_string("vae", "", "Folder (or hub name) of the autoencoder, for weights on its "
                       "latents.")
   flags.DEFINE_string("out", "", "Folder for the results; default: the workdir, or "
@@ -163,12 +165,13 @@ def main() -> None:
   if f.benchmark == "loss":
     if f.config is None or not f.checkpoint:
       raise InputError("--benchmark=loss needs --checkpoint and, for the held-out videos, --config")
-    losses = held_out_loss(f.config, f.checkpoint)
-    for name, value in losses.items():
-      print(f"{name:<18}{value:.6f}")
-    path = pathlib.Path(_folder(f.out, "runs/evaluation")) / "loss.json"
-    _write_json(path, {"checkpoint": f.checkpoint, "config": f.config.to_dict(), **losses})
-    print(f"wrote {path}")
+    folder = pathlib.Path(_folder(f.out, "runs/evaluation"))
+    losses = held_out_loss(f.config, f.checkpoint.split(","))
+    for name, values in losses.items():
+      print(f"{values['loss']:.6f}  {name}")
+    telemetry.plot_held_out(losses, folder / "loss.png")
+    _write_json(folder / "loss.json", {"config": f.config.to_dict(), "held_out": losses})
+    print(f"wrote {folder / 'loss.png'}\nwrote {folder / 'loss.json'}")
     return
   weights = weights_lib.load(f.checkpoint, vae=f.vae)
   is_run = os.path.exists(os.path.join(weights.path, telemetry.METRICS_FILE))

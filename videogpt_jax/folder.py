@@ -30,7 +30,7 @@ TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.fl
 _SETTINGS = "config.json"
 _EXTRA = "videogpt_jax"
 _TEMPORARY = ".tmp"
-_SHARD_BYTES = 2 << 30
+_SHARD_BYTES = 1 << 30  # a shard lies in memory twice while it is written
 # Marker tokens: our name, and what the published tokenizer calls it.
 MARKERS = {"diff": "<|diffusion|>", "img": "<img>", "end_img": "</img>"}
 
@@ -171,8 +171,11 @@ def save(path: str, read: Callable[[str], np.ndarray], config: model.Config,
   for number, names in enumerate(shards, 1):
     file = ("model.safetensors" if len(shards) == 1
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-    tensors = {name: np.ascontiguousarray(x, kind)
-               for name, x in itertools.islice(stream, len(names))}
+    tensors = {}
+    for name in names:
+      _, x = next(stream)
+      tensors[name] = np.ascontiguousarray(x, kind)
+      del x  # a view of a whole stack, which must go before the next stack is read
     safetensors.save_file(tensors, os.path.join(path, file + _TEMPORARY))
     del tensors
     files[file] = names

@@ -75,6 +75,7 @@ def publish(read: Callable[[str], Any], config: model.Config) -> Iterator[tuple[
     stack = read(_STACK + path)
     for i in layers:
       yield f"llm.layers.{i}.{name}", einops.rearrange(stack[i], pattern)
+    del stack  # before the next one is read
   q, kv = (read(_STACK + path) for path in _QKV_LEAVES)
   for i in layers:
     rows = [einops.rearrange(q[i], "D H E -> (H E) D"),

@@ -9,13 +9,16 @@ import dataclasses
 import functools
 from typing import Any
 
+from flax import traverse_util
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
+import optax.contrib
 
+from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import flow
 from videogpt_jax import layout
@@ -29,9 +32,17 @@ CLIP_BINS = 8  # and by clip index, the last bin holding all later clips
 Metrics = dict[str, Array]
 
 
+OPTIMIZERS = ("adamw", "muon")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """AdamW with global-norm clipping; decay on all parameters, as published.
+
+  With `name` "muon", the matrices of the stack take steps along their orthogonalised momentum
+  (Jordan et al., https://kellerjordan.github.io/posts/muon), scaled to the root mean square of
+  AdamW's (Liu et al., arXiv 2502.16982), so that both share a learning rate; the rest goes by
+  AdamW with Nesterov momentum, as `optax.contrib.muon` has it.
 
   The learning rate rises linearly over `warmup_steps`, stays, and over the last
   `cooldown_steps` (if any) of `total_steps` falls linearly to zero.
@@ -46,6 +57,7 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  name: str = "adamw"
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -61,17 +73,25 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """The optimizer of `config`."""
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      learning_rate(config),
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-    ),
-  )
+  """The optimizer of `config`, of parameter trees without boxes."""
+  rate, decay = learning_rate(config), config.weight_decay
+  if config.name == "muon":
+    rule = optax.contrib.muon(
+      rate, weight_decay=decay, adam_b1=config.b1, adam_b2=config.b2, adam_weight_decay=decay,
+      muon_weight_dimension_numbers=_matrices, consistent_rms=0.2)
+  else:
+    rule = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=decay)
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def _matrices(params: Any) -> Any:
+  """Which axes of which parameters are matrices for Muon; None for the others."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  prefix = "backbone/layers/"
+  numbers = dict.fromkeys(flat) | {
+    prefix + name: optax.contrib.MuonDimensionNumbers(*axes)
+    for name, axes in backbone.MATRICES.items()}
+  return traverse_util.unflatten_dict(numbers, sep="/")
 
 
 @flax.struct.dataclass
@@ -120,7 +140,7 @@ def init_state(recipe: Recipe) -> TrainState:
     step=zero,
     params=params,
     ema=jax.tree.map(jnp.copy, params),
-    opt_state=make_optimizer(recipe.optimizer).init(params),
+    opt_state=make_optimizer(recipe.optimizer).init(nn.meta.unbox(params)),
     bad_steps=zero,
     skipped=zero,
   )
@@ -128,7 +148,19 @@ def init_state(recipe: Recipe) -> TrainState:
 
 def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
   """A sharding for every leaf of the state."""
-  return sharding.of_tree(mesh, jax.eval_shape(functools.partial(init_state, recipe)))
+  abstract = jax.eval_shape(functools.partial(init_state, recipe))
+  found = sharding.of_tree(mesh, dataclasses.replace(abstract, opt_state=()))
+  of_params = traverse_util.flatten_dict(nn.meta.unbox(found.params))
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  def of_moment(path: tuple[Any, ...], _: Any) -> jax.sharding.Sharding:
+    """The path of a moment ends in that of its parameter, and it lies where that lies."""
+    keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    ends = (keys[start:] for start in range(len(keys)))
+    return next((of_params[end] for end in ends if end in of_params), replicated)
+
+  return dataclasses.replace(
+    found, opt_state=jax.tree_util.tree_map_with_path(of_moment, abstract.opt_state))
 
 
 def create_state(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:

@@ -20,7 +20,6 @@ import tensorstore as ts
 from videogpt_jax import checkpoint
 from videogpt_jax.errors import InputError
 
-_CHUNK_BYTES = 128 << 20  # of the stored arrays, so that a part of one can be read alone
 _TEMPORARY = ".tmp"
 
 
@@ -87,7 +86,8 @@ def write(path: str | pathlib.Path, leaves: Mapping[str, Leaf], config: dict[str
 
 def _layout(leaf: Leaf) -> ocp.SaveArgs:
   """Chunks that no two pieces share, so that each is written once and alone."""
-  return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.stacked else ())
+  axes = (0,) if leaf.stacked else ()
+  return ocp.SaveArgs(chunk_byte_size=checkpoint.CHUNK_BYTES, shard_axes=axes)
 
 
 class _Lazy:
