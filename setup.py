@@ -36,7 +36,7 @@ setuptools.setup(
     "ml-collections>=1.0",
     "ml-dtypes>=0.5",
     "numpy>=2.0",
-    "optax>=0.2.6",
+    "optax>=0.2.7",
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=11",
     "psutil>=5.9",

@@ -1,6 +1,7 @@
 """Weights under the published names: out, in, and what is refused."""
 
 import json
+import weakref
 
 from flax import traverse_util
 import jax
@@ -8,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
+from safetensors import SafetensorError
 
 import golden_videogpt as golden
 import torch_files
@@ -114,13 +116,33 @@ def test_golden_position_table_is_verified(tmp_path):
                                config.pos_embed_max_size, config.pos_embed_max_size)[None]
   for wrong, message in ((other, r"pos_embed differs by .* from the sine-cosine table"),
                          (table[:, :-1], r"pos_embed is \(1, \d+, \d+\), expected"),
-                         (np.full_like(table, np.nan), "pos_embed differs by nan")):
+                         (np.full_like(table, np.nan), "pos_embed differs by nan"),
+                         (_last_row_nan(table), "pos_embed differs by nan")):
     _folder(tmp_path, {**tensors, "pos_embed": wrong}, settings)
     with pytest.raises(InputError, match=message):
       _load(tmp_path)
 
 
+def _last_row_nan(table):
+  table = table.copy()
+  table[0, -1] = np.nan
+  return table
+
+
 @pytest.mark.parametrize(("damage", "message"), [
+  (lambda t, s: t.update({"llm.norm.weight": t["llm.norm.weight"].astype(np.float64)}),
+   "llm.norm.weight is of type float64, known are float32, bfloat16, float16"),
+  (lambda t, s: s.update(hidden_size="x"), "hidden_size must be a positive whole number, got 'x'"),
+  (lambda t, s: s.update(num_attention_heads=0), "num_attention_heads must be a positive whole"),
+  (lambda t, s: s.update(patch_size=2.5), "patch_size must be a positive whole number, got 2.5"),
+  (lambda t, s: s.update(num_hidden_layers=None), "config.json lacks 'num_hidden_layers'"),
+  (lambda t, s: s.update(rms_norm_eps="1e-5"), "rms_norm_eps must be a positive number"),
+  (lambda t, s: s.update(hidden_size=30, num_attention_heads=4, num_key_value_heads=4),
+   "hidden_size 30 is not divisible by num_heads 4"),
+  (lambda t, s: s.update(rope_scaling=[1]), "rope_scaling cannot be read"),
+  (lambda t, s: s.update(rope_scaling={"type": "su", "long_factor": [1.0]}),
+   "rope_long_factor has 1 numbers; half a head's size"),
+  (lambda t, s: s["special_ids"].update(img="7"), "the marker <img> is row 7 of an embedding"),
   (lambda t, s: t.pop("llm.norm.weight"), "missing llm.norm.weight"),
   (lambda t, s: t.update(extra=np.zeros(2, np.float32)), "unexpected extra"),
   (lambda t, s: t.update({"llm.norm.weight": np.zeros(3, np.float32)}),
@@ -236,6 +258,71 @@ def test_golden_markers_come_from_the_tokenizer(tmp_path, file):
   (tmp_path / file).write_text("{")
   with pytest.raises(InputError, match=f"{file} is damaged"):
     folder_lib.open_folder(path)
+  assert folder_lib.open_folder(path, {"diff": 5, "img": 6, "end_img": 7}).model.diff_id == 5
+
+
+def test_golden_layers_of_mixed_types_lose_nothing(tmp_path):
+  """One layer in bfloat16, the others in float32: the stack is float32."""
+  tensors = _tensors("gqa")
+  tensors["llm.layers.0.mlp.down_proj.weight"] = (
+    tensors["llm.layers.0.mlp.down_proj.weight"].astype(ml_dtypes.bfloat16))
+  _folder(tmp_path, tensors, _settings("gqa"))
+  params, _ = _load(tmp_path)
+  down = params["backbone"]["layers"]["mlp"]["down"]
+  for i in range(len(down)):
+    theirs = tensors[f"llm.layers.{i}.mlp.down_proj.weight"].astype(np.float32)
+    np.testing.assert_array_equal(down[i], theirs.T)
+
+
+def test_golden_import_holds_one_piece_at_a_time(tmp_path, monkeypatch):
+  """While a piece is written, those before it are gone; none is read ahead."""
+  alive = []
+  pieces = published.Leaf.pieces
+
+  def watched(leaf):
+    for index, piece in pieces(leaf):
+      own = piece.copy()
+      alive.append(weakref.ref(own))
+      assert sum(ref() is not None for ref in alive) <= 3  # this one, and those being written
+      yield index, own
+      del own, piece
+
+  monkeypatch.setattr(published.Leaf, "pieces", watched)
+  inside = tmp_path / "published"
+  inside.mkdir()
+  convert.import_folder(_folder(inside, _tensors("gqa"), _settings("gqa")), str(tmp_path / "out"))
+  assert len(alive) > 20
+
+
+def test_golden_import_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
+  """A disk that fills up while parameters are written."""
+  pieces = published.Leaf.pieces
+
+  def full(leaf):
+    if leaf.stacked:
+      raise OSError(28, "No space left on device")
+    return pieces(leaf)
+
+  monkeypatch.setattr(published.Leaf, "pieces", full)
+  inside = tmp_path / "published"
+  inside.mkdir()
+  path = _folder(inside, _tensors("a"), _settings("a"))
+  with pytest.raises(InputError, match=r"cannot write the checkpoint .*No space left"):
+    convert.import_folder(path, str(tmp_path / "out"))
+  assert [entry.name for entry in tmp_path.iterdir()] == ["published"]
+
+
+def test_export_that_fails_halfway_keeps_what_was_there(finished, tmp_path, monkeypatch):
+  convert.export_folder(str(finished.workdir), str(tmp_path), "float32")
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+  def full(*_):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+  monkeypatch.setattr(folder_lib.safetensors, "save_file", full)
+  with pytest.raises(InputError, match=r"cannot write weights to .*No space left"):
+    convert.export_folder(str(finished.workdir), str(tmp_path), "bfloat16")
+  assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_golden_import_refuses_an_occupied_place_and_leaves_nothing(tmp_path):

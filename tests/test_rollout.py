@@ -43,6 +43,29 @@ def test_a_clip_continues_from_the_generated_ones(history):
   np.testing.assert_allclose(whole[:, 2:], second, atol=1e-6)
 
 
+def test_history_noise_is_drawn_from_the_second_clip_on(history):
+  """As published: all frames of the history, anew for every clip but the first."""
+  clean, noised = (_generate(history, num_frames=4, sampler=rollout.Sampler(2, history_noise=n))
+                   for n in (0.0, 0.5))
+  np.testing.assert_array_equal(clean[:, :2], noised[:, :2])
+  assert np.abs(clean[:, 2:] - noised[:, 2:]).max() > 0.05
+  seen = []
+  denoise = rollout.denoise_clip
+
+  def watched(config, params, past, *rest):
+    seen.append(past)
+    return denoise(config, params, past, *rest)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(rollout, "denoise_clip", watched)
+    video = _generate(history, num_frames=6, sampler=rollout.Sampler(2, history_noise=0.5))
+  whole = jnp.concatenate([history, video], axis=1)
+  eps = [(past - 0.5 * whole[:, :past.shape[1]]) / 0.5 for past in seen[1:]]
+  for noise in eps:
+    assert abs(float(noise.mean())) < 0.2 and abs(float(noise.std()) - 1) < 0.1
+  assert np.abs(eps[1][:, :3] - eps[0][:, :3]).max() > 0.5
+
+
 def test_another_seed_gives_another_future(history):
   assert not np.allclose(_generate(history), _generate(history, rng=jax.random.key(1)))
 

@@ -28,13 +28,21 @@ def _assert_reads(files, expected=None):
   expected = ARRAYS if expected is None else expected
   assert set(files) == set(expected)
   for name, array in expected.items():
-    assert files.shapes[name] == array.shape
+    assert (files.entries[name].shape, files.entries[name].dtype) == (array.shape, array.dtype)
     assert files[name].dtype == array.dtype
     np.testing.assert_array_equal(files[name], array)
 
 
 def _index(folder, name, weight_map):
   (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_weights_beside_other_files_are_found(tmp_path):
+  """An optimizer's file in the folder does not hide the weights in `transformer`."""
+  (tmp_path / "transformer").mkdir()
+  safetensors.save_file(ARRAYS, tmp_path / "transformer" / "model.safetensors")
+  torch_files.save(tmp_path / "optimizer.pt", {"m": np.zeros(3, np.float32)})
+  _assert_reads(tensors.open_folder(str(tmp_path)))
 
 
 def test_one_safetensors_file(tmp_path):

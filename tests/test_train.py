@@ -176,7 +176,7 @@ def test_adamw_with_decay_on_all_parameters_and_global_norm_clipping():
 def muon(tiny_data):
   """A recipe with Muon, its parameters, gradients, and the first update of these."""
   c = tiny_run.config(tiny_data)
-  c.optimizer.name = "muon"
+  c.optimizer.name, c.optimizer.eps = "muon", 1e-3
   recipe = config_lib.recipe(c)
   params = nn.meta.unbox(step_lib.init_params(recipe.model, 0))
   rng = np.random.default_rng(0)
@@ -493,7 +493,6 @@ import sys
 import jax
 import numpy as np
 import tiny_run
-from videogpt_jax import backbone
 from videogpt_jax import checkpoint, config, sharding, step, train
 from videogpt_jax.errors import InputError
 

@@ -22,6 +22,9 @@ from videogpt_jax import mask
 _ROPE_ORIGINAL = 4096  # positions that Phi-3 was trained on before its context was extended
 
 
+NUMERICS = ("dtype", "attention", "remat")  # of `Config`: how it is computed, not what
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Shape and numerics of the stack.
@@ -80,6 +83,22 @@ REMAT_POLICIES = {
     "dots": _policies.dots_with_no_batch_dims_saveable,  # products with weights
     "full": _policies.nothing_saveable,  # the input of each layer alone
 }
+
+
+def problem(config: Config) -> str:
+  """What makes the sizes of a stack impossible; empty if they fit."""
+  c = config
+  if c.hidden_size % c.num_heads:
+    return f"hidden_size {c.hidden_size} is not divisible by num_heads {c.num_heads}"
+  if c.num_heads % c.num_kv_heads:
+    return f"num_heads {c.num_heads} is not divisible by num_kv_heads {c.num_kv_heads}"
+  if c.head_size % 2 or c.hidden_size % 4:
+    return (f"hidden_size {c.hidden_size} must be a multiple of 4 (position table) and of twice "
+            f"num_heads {c.num_heads} (rotary halves)")
+  if c.rope_long_factor and len(c.rope_long_factor) != c.head_size // 2:
+    return (f"rope_long_factor has {len(c.rope_long_factor)} numbers; half a head's size, "
+            f"{c.head_size // 2}, are needed")
+  return ""
 
 
 def compute_dtype(name: str) -> Any:

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from videogpt_jax import backbone
 from videogpt_jax.errors import InputError
 
 PyTree = Any
@@ -37,7 +38,7 @@ _DAMAGED = "damaged-"
 CHUNK_BYTES = 128 << 20  # of the stored arrays: a part of one can be read alone, and in parallel
 
 # Leaves of `config.model` that change how the model is computed, not what it is.
-_HOW_ONLY = {"model": {"dtype", "attention", "remat"}, "codec": {"path"}}
+_HOW_ONLY = {"model": set(backbone.NUMERICS), "codec": {"path"}}
 
 
 class Checkpoints:
@@ -68,7 +69,7 @@ class Checkpoints:
       raise InputError(f"cannot write checkpoints to {self.directory}: {error}") from error
 
   def _open_manager(self, keep: int) -> ocp.CheckpointManager:
-    std_logging.getLogger("absl").addFilter(_not_an_orbax_error)
+    quiet_orbax()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       cleanup_tmp_directories=True,
@@ -192,14 +193,14 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError) as error:
-      # tensorstore reports what the system refused as a ValueError with the code in it.
-      if not isinstance(error, OSError) and "os_error_code=" not in str(error):
+      reason = write_failure(error)
+      if not reason:
         raise
       failed, self._saving = self._saving, None
       last = "there is no older one" if self._latest is None else f"step {self._latest} is whole"
       raise InputError(
         f"the checkpoint of step {failed} could not be written to {self.directory} ({last}): "
-        f"{_reason(error)}; free some space or mend the folder, then run the same command again"
+        f"{reason}; free some space or mend the folder, then run the same command again"
       ) from error
 
 
@@ -284,17 +285,12 @@ class SavedLeaf:
   keys: tuple[str, ...]
   shape: tuple[int, ...]
   dtype: np.dtype
-  stacked: bool = False  # it is read whole
 
   def read(self, dtype: Any = None) -> np.ndarray:
     """The parameter, as stored or in another type."""
     wanted = jax.ShapeDtypeStruct(self.shape, self.dtype)
     restored = _restore(self.folder, traverse_util.unflatten_dict({self.keys: wanted}))
     return traverse_util.flatten_dict(restored)[self.keys].astype(dtype or self.dtype, copy=False)
-
-  def pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
-    """(index, what stands there): the whole."""
-    yield ..., self.read()
 
 
 class SavedParams(NamedTuple):
@@ -333,7 +329,8 @@ def find(path: pathlib.Path) -> pathlib.Path:
     return path
   directory = path / FOLDER
   if not directory.is_dir():
-    raise InputError(f"no checkpoint in {path}: expected a workdir with a folder {FOLDER!r} in it")
+    raise InputError(f"no checkpoint in {path}: expected a workdir with a folder {FOLDER!r} in it "
+                     "(or, for weights under the published names, config.json)")
   for step in _steps(directory):
     reason = _damage(directory / str(step))
     if not reason:
@@ -451,11 +448,20 @@ def _first(lines: list[str], count: int = 8) -> list[str]:
   return lines if more <= 0 else [*lines[:count], f"... and {more} more"]
 
 
-def _reason(error: Exception) -> str:
-  """The system's own words, without the chain of layers that tensorstore puts before them."""
-  return str(error).rsplit(": ", 1)[-1] if not isinstance(error, OSError) else str(error)
+def write_failure(error: Exception) -> str:
+  """What the system refused while orbax was writing, in its words; empty for any other error.
+
+  tensorstore reports it as a ValueError with the code in it, behind a chain of layers.
+  """
+  if isinstance(error, OSError):
+    return str(error)
+  return str(error).rsplit(": ", 1)[-1] if "os_error_code=" in str(error) else ""
+
+
+def quiet_orbax() -> None:
+  """Orbax logs a failed save four times, with tracebacks, and then raises it to us as well."""
+  std_logging.getLogger("absl").addFilter(_not_an_orbax_error)
 
 
 def _not_an_orbax_error(record: std_logging.LogRecord) -> bool:
-  """Orbax logs a failed save four times, with tracebacks, and then raises it to us as well."""
   return record.levelno < std_logging.ERROR or "orbax" not in record.pathname

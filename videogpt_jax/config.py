@@ -17,11 +17,8 @@ from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import model as model_lib
 from videogpt_jax import objective as objective_lib
-from videogpt_jax import rollout
 from videogpt_jax import step as step_lib
 from videogpt_jax.errors import InputError
-
-NUMERICS = ("dtype", "attention", "remat")  # of `config.model`: how it is computed, not what
 
 
 def default() -> ConfigDict:
@@ -30,6 +27,7 @@ def default() -> ConfigDict:
   c.name = ""
   c.seed = 0
   c.platform = ""  # "" takes jax's default; "cpu", "gpu" or "tpu" demands that one
+  c.cpu_devices = 0  # on CPU: devices that the cores are shared among, for `mesh`; 0: one
   c.model = _model()
   c.codec = _codec()
   c.data = _data()
@@ -196,6 +194,7 @@ def _sample() -> ConfigDict:
   c.steps = 20
   c.guidance = 1.0
   c.shift = 1.0
+  c.history_noise = 0.0  # on the history from the second clip on, drawn anew for every clip
   c.window = 0  # frames; 0: data.frames
   return c
 
@@ -268,18 +267,8 @@ def _kind(standard: Any) -> str:
 
 def _validate_model(config: ConfigDict) -> None:
   m = config.model
-  if m.hidden_size % m.num_heads:
-    raise InputError(f"config.model.hidden_size {m.hidden_size} is not divisible by "
-                     f"config.model.num_heads {m.num_heads}")
-  if m.num_heads % m.num_kv_heads:
-    raise InputError(f"config.model.num_heads {m.num_heads} is not divisible by "
-                     f"config.model.num_kv_heads {m.num_kv_heads}")
-  if m.hidden_size // m.num_heads % 2 or m.hidden_size % 4:
-    raise InputError(f"config.model.hidden_size {m.hidden_size} must be a multiple of 4 (position "
-                     f"table) and of twice config.model.num_heads {m.num_heads} (rotary halves)")
-  if m.rope_long_factor and len(m.rope_long_factor) != m.hidden_size // m.num_heads // 2:
-    raise InputError(f"config.model.rope_long_factor has {len(m.rope_long_factor)} numbers; half a "
-                     f"head's size, {m.hidden_size // m.num_heads // 2}, are needed")
+  if (problem := backbone.problem(_stack(config))):
+    raise InputError(f"config.model: {problem}")
   for name in ("img_id", "end_img_id", "diff_id"):
     if not 0 <= m[name] < m.vocab_size:
       raise InputError(f"config.model.{name} {m[name]} is no row of a vocabulary of {m.vocab_size}")
@@ -311,6 +300,9 @@ def _validate_clips(config: ConfigDict) -> None:
                      f"config.data.frames {frames}")
   if not 0 <= config.clips.beta <= 1:
     raise InputError(f"config.clips.beta must be in [0, 1], got {config.clips.beta}")
+  if not 0 <= config.sample.history_noise < 1:
+    raise InputError("config.sample.history_noise must be in [0, 1), got "
+                     f"{config.sample.history_noise}")
   window = config.sample.window or frames
   if config.sample.clip_frames > window:
     raise InputError(f"config.sample.clip_frames {config.sample.clip_frames} does not fit the "
@@ -337,13 +329,19 @@ def codec(config: ConfigDict) -> codec_lib.Codec:
   return codec_lib.from_settings(config.codec.to_dict())
 
 
-def model(config: ConfigDict) -> model_lib.Config:
-  """The model of `config.model` on the latents of `config.codec`."""
+def _stack(config: ConfigDict) -> backbone.Config:
+  """The stack of `config.model`, its compute type left out: that would start jax."""
   m = config.model
   same = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
           "rms_norm_eps", "rope_theta", "max_position_embeddings", "attention", "remat")
-  stack = backbone.Config(**{name: m[name] for name in same}, dtype=backbone.compute_dtype(m.dtype),
-                          rope_long_factor=tuple(m.rope_long_factor))
+  return backbone.Config(**{name: m[name] for name in same},
+                         rope_long_factor=tuple(m.rope_long_factor))
+
+
+def model(config: ConfigDict) -> model_lib.Config:
+  """The model of `config.model` on the latents of `config.codec`."""
+  m = config.model
+  stack = dataclasses.replace(_stack(config), dtype=backbone.compute_dtype(m.dtype))
   return model_lib.Config(
       backbone=stack, channels=codec(config).channels, patch_size=m.patch_size,
       vocab_size=m.vocab_size, img_id=m.img_id, end_img_id=m.end_img_id, diff_id=m.diff_id,
@@ -351,15 +349,22 @@ def model(config: ConfigDict) -> model_lib.Config:
 
 
 def model_differences(ours: model_lib.Config, theirs: model_lib.Config) -> list[str]:
-  """One line for each setting but the numerics in which two models differ."""
+  """One line for each setting but the numerics in which two models differ.
+
+  A setting that has no effect in both (positions that longrope is not made for) may differ.
+  """
   lines = []
   for section, other in ((ours, theirs), (ours.backbone, theirs.backbone)):
     for field in dataclasses.fields(section):
-      if field.name in ("backbone", *NUMERICS):
-        continue
       here, there = getattr(section, field.name), getattr(other, field.name)
-      if here != there:
-        lines.append(f"{field.name} is {here!r}, in the weights {there!r}")
+      if field.name in ("backbone", *backbone.NUMERICS) or here == there:
+        continue
+      if field.name == "max_position_embeddings" and (
+          ours.backbone.rope_scale == theirs.backbone.rope_scale):
+        continue
+      section_name = "codec" if field.name == "channels" else "model"
+      said = ",".join(map(str, there)) if isinstance(there, tuple) else there
+      lines.append(f"--config.{section_name}.{field.name}={said} (it is {here!r} here)")
   return lines
 
 
@@ -368,7 +373,7 @@ def with_model(config: ConfigDict, wanted: model_lib.Config) -> ConfigDict:
   config = ConfigDict(config)
   for name in config.model:
     for settings in (wanted, wanted.backbone):
-      if hasattr(settings, name) and name not in NUMERICS:
+      if hasattr(settings, name) and name not in backbone.NUMERICS:
         config.model[name] = getattr(settings, name)
   return config
 
@@ -397,12 +402,6 @@ def recipe(config: ConfigDict) -> step_lib.Recipe:
   return step_lib.Recipe(
       model=model(config), codec=codec(config), objective=objective(config), optimizer=optimizer,
       ema_decay=config.train.ema_decay, accumulation=config.train.accumulation, seed=config.seed)
-
-
-def sampler(config: ConfigDict) -> rollout.Sampler:
-  """The sampler of `config.sample`."""
-  s = config.sample
-  return rollout.Sampler(steps=s.steps, guidance=s.guidance, shift=s.shift)
 
 
 def from_saved(saved: dict) -> ConfigDict:

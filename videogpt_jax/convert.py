@@ -25,6 +25,7 @@ from videogpt_jax import cli
 from videogpt_jax import config as config_lib
 from videogpt_jax import folder as folder_lib
 from videogpt_jax import machine
+from videogpt_jax import published
 from videogpt_jax import weights as weights_lib
 from videogpt_jax.errors import InputError
 
@@ -37,7 +38,8 @@ def export_folder(path: str, out: str, dtype: str = "", *, position: bool = True
   Args:
     path: workdir of the training run (its newest whole checkpoint is taken), or a checkpoint.
     out: the folder to write; weights in it are replaced.
-    dtype: of the stored tensors, a key of `folder.TYPES`; by default as in the checkpoint.
+    dtype: of the stored tensors, a key of `published.TYPES`; by default as in the checkpoint
+      (where it mixes types, the wider one).
     position: whether the constant position table is written, as the published code expects.
 
   Raises:
@@ -47,12 +49,10 @@ def export_folder(path: str, out: str, dtype: str = "", *, position: bool = True
   extra = {name: value for name, value in source.config.items() if name in SECTIONS}
   extra["data"] = {name: value for name, value in extra["data"].items()
                    if name not in ("path", "videos")}  # where the data lay when it was trained
+  extra["codec"] = {name: value for name, value in extra["codec"].items() if name != "path"}
   leaves = _watched(source)
-  try:
-    folder_lib.save(out, lambda name: leaves[name].read(), source.model, extra,
-                    dtype or _stored_type(source), position=position)
-  except OSError as error:
-    raise InputError(f"cannot write weights to {out}: {error}") from error
+  folder_lib.save(out, lambda name: leaves[name].read(), source.model, extra,
+                  dtype or _stored_type(source), position=position)
 
 
 def import_folder(path: str, out: str, dtype: str = "",
@@ -62,7 +62,7 @@ def import_folder(path: str, out: str, dtype: str = "",
   Args:
     path: the folder, see `videogpt_jax.folder`.
     out: the checkpoint to make; nothing may be there yet.
-    dtype: of the stored parameters, a key of `folder.TYPES`; by default as in the folder.
+    dtype: of the stored parameters, a key of `published.TYPES`; by default as in the folder.
     special_ids: rows of the marker tokens, see `folder.open_folder`.
 
   Raises:
@@ -73,16 +73,13 @@ def import_folder(path: str, out: str, dtype: str = "",
   source = weights_lib.open_source(path, special_ids)
   config = config_lib.with_model(config_lib.from_saved(source.config), source.model)
   streaming.write(out, _watched(source), json.loads(config.to_json()),
-                  np.dtype(folder_lib.TYPES[dtype]) if dtype else None)
+                  np.dtype(published.TYPES[dtype]) if dtype else None)
 
 
 def _stored_type(source: weights_lib.Source) -> str:
-  """The type that most parameters of a checkpoint have."""
-  sizes: dict[str, int] = {}
-  for leaf in source.leaves.values():
-    kind = np.dtype(leaf.dtype).name
-    sizes[kind] = sizes.get(kind, 0) + math.prod(leaf.shape)
-  return max(sizes, key=lambda kind: sizes[kind])
+  """The type of a checkpoint's parameters: the one of all, or float32, which holds any."""
+  kinds = {np.dtype(leaf.dtype).name for leaf in source.leaves.values()}
+  return kinds.pop() if len(kinds) == 1 else "float32"
 
 
 class _Watched:
@@ -90,11 +87,9 @@ class _Watched:
 
   def __init__(self, leaf: Any, progress: "_Progress") -> None:
     self._leaf, self._progress = leaf, progress
-    self.shape, self.stacked = leaf.shape, leaf.stacked
 
-  @property
-  def dtype(self) -> np.dtype:
-    return self._leaf.dtype
+  def __getattr__(self, name: str) -> Any:  # shape, dtype, stacked
+    return getattr(self._leaf, name)
 
   def read(self) -> np.ndarray:
     """The whole parameter."""
@@ -137,7 +132,7 @@ def define_flags() -> None:
   flags.DEFINE_string("checkpoint", "", "Training workdir or checkpoint to export; or folder under "
                       "the published names (or of Phi-3) to import.")
   flags.DEFINE_string("out", "", "Folder to write.")
-  flags.DEFINE_enum("dtype", "", ["", *sorted(folder_lib.TYPES)], "Type of the stored tensors; "
+  flags.DEFINE_enum("dtype", "", ["", *sorted(published.TYPES)], "Type of the stored tensors; "
                     "default: as they are.")
   flags.DEFINE_bool("position", True, "Write the constant position table, as the published code "
                     "expects; nothing here reads it.")

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from videogpt_jax import cli
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
+from videogpt_jax import machine
 from videogpt_jax.data import clips
 from videogpt_jax.data import store
 from videogpt_jax.data import worker
@@ -278,7 +279,7 @@ def encode(
     pending = set(writer.pending())
     if todo := [shard for shard in writer.every()[host::hosts] if shard in pending]:
       job.codec.prepare()
-      _write(job, todo, processes or (1 if job.codec.on_device else _cores()))
+      _write(job, todo, processes or (1 if job.codec.on_device else machine.usable_cores()))
     if left := writer.pending():
       print(f"encode: {len(left)} shards left to the other hosts; the last one completes it")
       return writer.path
@@ -286,12 +287,6 @@ def encode(
     writer.finish()
   _report(writer, time.monotonic() - start)
   return writer.path
-
-
-def _cores() -> int:
-  if hasattr(os, "sched_getaffinity"):  # Linux: a container may have fewer than the machine
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def _refuse_if_empty(job: _Job) -> None:

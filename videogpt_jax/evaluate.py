@@ -124,7 +124,7 @@ def held_out_loss(config: ConfigDict, checkpoints: Sequence[str]) -> dict[str, d
   wanted = step_lib.abstract_state(recipe, mesh).ema
   loss = held_out.Loss(config, recipe, mesh, videos)
   with sharding.use(mesh):
-    return {path: loss(train.initial_params(path, recipe.model, wanted)) for path in checkpoints}
+    return {path: loss(train.initial_params(path, recipe, wanted)) for path in checkpoints}
 
 
 def _training(workdir: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
@@ -156,6 +156,7 @@ def define_flags() -> None:
   flags.DEFINE_string("out", "", "Folder for the results; default: the workdir, or "
                       "runs/evaluation.")
   flags.DEFINE_integer("videos", 64, "Held-out videos.", lower_bound=1)
+  flags.DEFINE_float("shift", -1.0, "Of the sampling times; default: as the run's configuration.")
   flags.DEFINE_integer("seed", 0, "Of the sampling noise.")
 
 
@@ -166,14 +167,19 @@ def main() -> None:
     if f.config is None or not f.checkpoint:
       raise InputError("--benchmark=loss needs --checkpoint and, for the held-out videos, --config")
     folder = pathlib.Path(_folder(f.out, "runs/evaluation"))
-    losses = held_out_loss(f.config, f.checkpoint.split(","))
+    losses = held_out_loss(f.config, [path for path in f.checkpoint.split(",") if path])
     for name, values in losses.items():
       print(f"{values['loss']:.6f}  {name}")
-    telemetry.plot_held_out(losses, folder / "loss.png")
     _write_json(folder / "loss.json", {"config": f.config.to_dict(), "held_out": losses})
-    print(f"wrote {folder / 'loss.png'}\nwrote {folder / 'loss.json'}")
+    print(f"wrote {folder / 'loss.json'}")
+    telemetry.plot_held_out(losses, folder / "loss.png")
+    print(f"wrote {folder / 'loss.png'}")
     return
   weights = weights_lib.load(f.checkpoint, vae=f.vae)
+  if f.shift != -1:
+    if not f.shift > 0:
+      raise InputError(f"--shift must be positive, got {f.shift}")
+    weights.config["sample"]["shift"] = f.shift
   is_run = os.path.exists(os.path.join(weights.path, telemetry.METRICS_FILE))
   out = _folder(f.out, weights.path if is_run else "runs/evaluation")
   evaluate(weights, out, videos=f.videos, seed=f.seed, workdir=weights.path if is_run else None)

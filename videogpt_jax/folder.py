@@ -8,17 +8,19 @@ which becomes the start of a new model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
 import re
+import tempfile
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors
+from safetensors import SafetensorError
 
 from videogpt_jax import model
 from videogpt_jax import phi3
@@ -26,10 +28,8 @@ from videogpt_jax import published
 from videogpt_jax import tensors as tensor_files
 from videogpt_jax.errors import InputError
 
-TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _SETTINGS = "config.json"
 _EXTRA = "videogpt_jax"
-_TEMPORARY = ".tmp"
 _SHARD_BYTES = 1 << 30  # a shard lies in memory twice while it is written
 # Marker tokens: our name, and what the published tokenizer calls it.
 MARKERS = {"diff": "<|diffusion|>", "img": "<img>", "end_img": "</img>"}
@@ -73,8 +73,7 @@ def open_folder(path: str, special_ids: Mapping[str, int] | None = None, seed: i
       do not fit the settings.
   """
   settings = _read_settings(path)
-  ids = {**settings.get("special_ids", _tokenizer_ids(path)), **(special_ids or {})}
-  settings["special_ids"] = _checked_ids(path, ids, settings)
+  settings["special_ids"] = _marker_ids(path, settings, special_ids or {})
   config = published.model_config(settings)
   tensors = tensor_files.open_folder(path)
   is_new = phi3.is_release(tensors)
@@ -120,7 +119,12 @@ def _of_config(content: dict[str, Any]) -> Iterator[tuple[str, int]]:
   return ((token["content"], row) for row, token in added.items())
 
 
-def _checked_ids(path: str, ids: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, int]:
+def _marker_ids(path: str, settings: Mapping[str, Any], given: Mapping[str, int]
+                ) -> dict[str, int]:
+  """Rows of the markers: those given, else those of `config.json`, else the tokenizer's."""
+  ids = dict(settings.get("special_ids") or {}) | dict(given)
+  if not all(marker in ids for marker in MARKERS):
+    ids = _tokenizer_ids(path) | ids
   missing = [f"{MARKERS[marker]} (--{marker}_id)" for marker in MARKERS if marker not in ids]
   if missing:
     raise InputError(
@@ -129,13 +133,13 @@ def _checked_ids(path: str, ids: Mapping[str, int], settings: Mapping[str, Any])
         "put the tokenizer's files there or give the rows of the embedding by these flags")
   rows = settings.get("vocab_size")
   for marker, text in MARKERS.items():
-    if rows is not None and not 0 <= ids[marker] < rows:
+    if not isinstance(ids[marker], int) or (isinstance(rows, int) and not 0 <= ids[marker] < rows):
       raise InputError(f"{path}: the marker {text} is row {ids[marker]} of an embedding of {rows} "
                        "rows")
   if len({ids[marker] for marker in MARKERS}) < len(MARKERS):
     raise InputError(f"{path}: two marker tokens share a row of the embedding: "
                      f"{ {marker: ids[marker] for marker in MARKERS} }")
-  return dict(ids)
+  return ids
 
 
 # Writing ----------------------------------------------------------------------------------
@@ -146,50 +150,56 @@ def save(path: str, read: Callable[[str], np.ndarray], config: model.Config,
          shard_bytes: int = _SHARD_BYTES) -> None:
   """Writes `config.json` and `model.safetensors` (or shards of it and their index).
 
-  Every file is written under a temporary name; the real names appear when all are whole.
+  Files are written aside and moved to their place when all are whole.
 
   Args:
     path: created where missing; other weights in it are replaced.
     read: gives the parameter at a path of our tree; see `published.publish`.
     config: the model it belongs to.
     extra: what else prediction needs (codec, sampling defaults), JSON-able.
-    dtype: type of the stored tensors, a key of `TYPES`.
+    dtype: type of the stored tensors, a key of `published.TYPES`.
     position: whether the constant `pos_embed` is written too, as published.
     shard_bytes: most bytes of a file, if one tensor does not take more.
+
+  Raises:
+    InputError: the folder cannot be written; what stood there before is still there.
   """
-  os.makedirs(path, exist_ok=True)
   stream = published.publish(read, config)
   expected = published.shapes(config)
   if position:
     last = ((name, published.position_tensor(config)) for name in [published.POSITION])
     stream = itertools.chain(stream, last)  # lazily: it is large
     expected[published.POSITION] = (1, config.pos_embed_max_size**2, config.backbone.hidden_size)
-  kind = np.dtype(TYPES[dtype])
+  kind = np.dtype(published.TYPES[dtype])
   shards = _split({name: math.prod(shape) * kind.itemsize for name, shape in expected.items()},
                   shard_bytes)
-  files: dict[str, list[str]] = {}
-  for number, names in enumerate(shards, 1):
-    file = ("model.safetensors" if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-    tensors = {}
-    for name in names:
-      _, x = next(stream)
-      tensors[name] = np.ascontiguousarray(x, kind)
-      del x  # a view of a whole stack, which must go before the next stack is read
-    safetensors.save_file(tensors, os.path.join(path, file + _TEMPORARY))
-    del tensors
-    files[file] = names
+  files = {("model.safetensors" if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"): names
+           for number, names in enumerate(shards, 1)}
   settings = {**published.published_settings(config), "torch_dtype": dtype, _EXTRA: extra}
   texts: dict[str, Any] = {_SETTINGS: settings}
   if len(shards) > 1:
     texts["model.safetensors.index.json"] = {
         "metadata": {"total_size": sum(math.prod(x) for x in expected.values()) * kind.itemsize},
         "weight_map": {name: file for file, names in files.items() for name in names}}
-  for file, content in texts.items():
-    with open(os.path.join(path, file + _TEMPORARY), "w", encoding="utf-8") as opened:
-      json.dump(content, opened, indent=2)
-      opened.write("\n")
-  _replace(path, [*files, *texts])
+  try:
+    os.makedirs(path, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path) as partial:
+      for file, names in files.items():
+        tensors = {}
+        for name in names:
+          _, x = next(stream)
+          tensors[name] = np.ascontiguousarray(x, kind)
+          del x  # a view of a whole stack, which must go before the next stack is read
+        safetensors.save_file(tensors, os.path.join(partial, file))
+        del tensors
+      for file, content in texts.items():
+        with open(os.path.join(partial, file), "w", encoding="utf-8") as opened:
+          json.dump(content, opened, indent=2)
+          opened.write("\n")
+      _replace(path, partial, [*files, *reversed(texts)])
+  except (OSError, SafetensorError) as error:
+    raise InputError(f"cannot write weights to {path}: {error}") from error
 
 
 def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
@@ -205,10 +215,16 @@ def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
   return runs
 
 
-def _replace(path: str, files: list[str]) -> None:
-  """Gives the temporary files their names, and removes weights that stood there before."""
-  for file in files:
-    os.replace(os.path.join(path, file + _TEMPORARY), os.path.join(path, file))
+def _replace(path: str, partial: str, files: list[str]) -> None:
+  """Moves whole files in and removes weights that stood there before.
+
+  The settings go first and come last: without them a folder holds no weights, so that old
+  and new ones are never taken for one set, wherever this ends.
+  """
+  with contextlib.suppress(FileNotFoundError):
+    os.remove(os.path.join(path, _SETTINGS))
   for old in os.listdir(path):
-    if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old) and old not in files:
+    if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old):
       os.remove(os.path.join(path, old))
+  for file in files:
+    os.replace(os.path.join(partial, file), os.path.join(path, file))

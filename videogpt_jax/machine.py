@@ -1,6 +1,7 @@
 """What the machine is and does: memory of this process, speed of its devices."""
 
 import contextlib
+import os
 import pathlib
 import resource
 import sys
@@ -9,6 +10,8 @@ import time
 import jax
 import jax.numpy as jnp
 import psutil
+
+from videogpt_jax.errors import InputError
 
 _MIB = 2**20
 
@@ -54,6 +57,31 @@ def peak_rss_mib() -> float:
         return int(line.split()[1]) / 1024
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak / _MIB if sys.platform == "darwin" else peak / 1024
+
+
+def split_cpu(devices: int) -> None:
+  """Lets jax see so many devices in place of one CPU; before anything else asks for devices.
+
+  Each has a share of the cores. Heads and MLP split over two keep two cores busier than one
+  program does where sequences are long and batches small; small models lose by it.
+
+  Raises:
+    InputError: more devices than cores, or jax has started already.
+  """
+  cores = usable_cores()
+  if not 1 <= devices <= cores:
+    raise InputError(f"cpu_devices is {devices}; this machine has {cores} cores")
+  try:
+    jax.config.update("jax_num_cpu_devices", devices)
+  except RuntimeError as error:
+    raise InputError(f"cpu_devices cannot be set any more: {error}") from error
+
+
+def usable_cores() -> int:
+  """CPU cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):  # Linux: a container may have fewer than the machine
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def peak_flops_per_device(device: jax.Device) -> float | None:

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from videogpt_jax import cli
 from videogpt_jax import config as config_lib
 from videogpt_jax import dry_run
+from videogpt_jax import machine
 from videogpt_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
@@ -25,6 +26,8 @@ def main() -> None:
     raise InputError("--config is missing, for example --config=configs/tiny.py")
   config = _CONFIG.value
   config_lib.validate(config)
+  if config.cpu_devices:
+    machine.split_cpu(config.cpu_devices)
   if config.platform:
     jax.config.update("jax_platforms", config.platform)
     try:

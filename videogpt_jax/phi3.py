@@ -6,7 +6,7 @@ the language model's head. What it lacks is drawn as the published training code
 layer at first, Glorot-uniform clean patches, normal time embeddings of deviation 0.02.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import functools
 import math
 import zlib
@@ -35,18 +35,16 @@ def complete(
 
   Drawn tensors are float32; each depends on `seed` and its own name alone.
   """
-  read: dict[str, Callable[[], np.ndarray]] = {}
-  shapes: dict[str, tuple[int, ...]] = {}
-  for name in tensors:
+  entries: dict[str, tensor_files.Entry] = {}
+  for name, entry in tensors.entries.items():
     if name != _HEAD:
       ours = _OURS + name.removeprefix(_THEIRS) if name.startswith(_THEIRS) else name
-      read[ours] = functools.partial(tensors.__getitem__, name)
-      shapes[ours] = tensors.shapes[name]
+      entries[ours] = entry
   for name, shape in published.shapes(config).items():
     if not name.startswith(_OURS):
-      read[name] = functools.partial(_draw, name, shape, seed)
-      shapes[name] = shape
-  return tensor_files.TensorFiles(read, shapes)
+      draw = functools.partial(_draw, name, shape, seed)
+      entries[name] = tensor_files.Entry(draw, shape, np.dtype(np.float32))
+  return tensor_files.TensorFiles(entries)
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -35,13 +35,20 @@ def history_from_file(path: str, weights: weights_lib.Weights, history: int, int
   except video.VideoError as error:
     raise InputError(f"{path}: {error}") from error
   if len(clip.frames) < history:
-    raise InputError(f"{path} has {len(clip.frames)} frames at an interval of {interval}, "
-                     f"--history needs {history}")
+    taken = f" at an interval of {interval}" if interval > 1 else ""
+    raise InputError(f"{path} has {len(clip.frames)} frames{taken}, --history needs {history}")
   height, width = weights.frame_size
   if clip.frames.shape[1:3] != (height, width):
     print(f"{path}: {clip.frames.shape[2]}x{clip.frames.shape[1]} px resized and cropped to "
           f"{width}x{height} as in training")
   return video.resize_and_crop(clip.frames, height, width), clip.fps
+
+
+def shortest_interval(weights: weights_lib.Weights) -> int:
+  """The shortest interval between frames in training, in source frames."""
+  data = weights.config["data"]
+  (lo, _), stride = data.get("interval", (1, 1)), data.get("stride", 1)
+  return -(-lo // stride) * stride
 
 
 def history_from_world(weights: weights_lib.Weights, index: int) -> tuple[np.ndarray, float]:
@@ -105,6 +112,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("interval", -1, "Every how many frames of --video one is taken.")
   flags.DEFINE_string("vae", "", "Folder (or hub name) of the autoencoder, for weights on its "
                       "latents.")
+  flags.DEFINE_float("shift", -1.0, "Of the sampling times; below 1 more steps are near the data: "
+                     "rather the mean of all futures than one of them.")
+  flags.DEFINE_float("history_noise", -1.0, "Noise on the history from the second clip on.")
   flags.DEFINE_integer("window", -1, "Most frames in a sequence.")
   flags.DEFINE_integer("seed", 0, "Of the noise: another seed, another future.")
 
@@ -118,10 +128,14 @@ def main() -> None:
   history = chosen(f.history, sample["history"])
   clip_frames = chosen(f.clip_frames, sample["clip_frames"])
   window = chosen(f.window, sample["window"] or weights.config["data"]["frames"])
-  shortest, _ = weights.config["data"].get("interval", (1, 1))  # of those in training
-  interval = chosen(f.interval, shortest)
-  sampler = rollout.Sampler(chosen(f.steps, sample["steps"]),
-                            chosen(f.guidance, sample["guidance"]), sample["shift"])
+  interval = chosen(f.interval, shortest_interval(weights))
+  sampler = rollout.Sampler(
+    chosen(f.steps, sample["steps"]), chosen(f.guidance, sample["guidance"]),
+    chosen(f.shift, sample["shift"]), chosen(f.history_noise, sample.get("history_noise", 0.0)))
+  if not 0 <= sampler.history_noise < 1:
+    raise InputError(f"--history_noise must be in [0, 1), got {sampler.history_noise}")
+  if not sampler.shift > 0:
+    raise InputError(f"--shift must be positive, got {sampler.shift}")
   for name, value in (("history", history), ("clip_frames", clip_frames),
                       ("steps", sampler.steps), ("interval", interval)):
     if value < 1:

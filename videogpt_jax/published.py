@@ -17,6 +17,7 @@ from videogpt_jax import tensors as tensor_files
 from videogpt_jax.errors import InputError
 
 Tree = dict[str, Any]
+TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
 # Names and layouts ------------------------------------------------------------------------
@@ -95,18 +96,15 @@ class Leaf:
 
   Attributes:
     shape: of the whole parameter.
+    dtype: that holds all its tensors without loss.
     parts: read it: the whole, or the layers of a stack one after the other.
     stacked: whether `parts` are layers.
   """
 
   shape: tuple[int, ...]
+  dtype: np.dtype
   parts: tuple[Callable[[], np.ndarray], ...]
   stacked: bool
-
-  @functools.cached_property
-  def dtype(self) -> np.dtype:
-    """The type of its (first) tensor, in which all of it is read."""
-    return self.parts[0]().dtype
 
   def pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
     """(index into the parameter, what stands there), one piece at a time."""
@@ -125,15 +123,20 @@ def from_published(tensors: Mapping[str, np.ndarray], config: model.Config) -> T
   """Published tensors as our parameter tree, float32.
 
   Raises:
-    InputError: tensors missing, unexpected or of another shape, each by name; or another
-      `pos_embed` than the one computed here.
+    InputError: see `leaves`.
   """
-  found = {path: x.read(np.float32) for path, x in leaves(tensors, config).items()}
-  return traverse_util.unflatten_dict(found, sep="/")
+  found = leaves(tensor_files.in_memory(tensors), config)
+  return traverse_util.unflatten_dict(
+      {path: leaf.read(np.float32) for path, leaf in found.items()}, sep="/")
 
 
-def leaves(tensors: Mapping[str, np.ndarray], config: model.Config) -> dict[str, Leaf]:
-  """Our parameters by path, none of them read yet. Raises `InputError` as `from_published` does."""
+def leaves(tensors: tensor_files.TensorFiles, config: model.Config) -> dict[str, Leaf]:
+  """Our parameters by path, none of them read yet.
+
+  Raises:
+    InputError: tensors missing, unexpected, of another shape or of a type that is none of
+      `TYPES`, each by name; or another `pos_embed` than the one computed here.
+  """
   _check(tensors, config)
   H, G = config.backbone.num_heads, config.backbone.num_kv_heads
   wanted = traverse_util.flatten_dict(model.abstract_params(config), sep="/")
@@ -142,8 +145,10 @@ def leaves(tensors: Mapping[str, np.ndarray], config: model.Config) -> dict[str,
   def add(path: str, names: list[str], convert: Callable[[np.ndarray], np.ndarray],
           stacked: bool) -> None:
     read = lambda name: convert(tensors[name])
+    kinds = {tensors.entries[name].dtype for name in names}
+    kind = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
     parts = tuple(functools.partial(read, name) for name in names)
-    found[path] = Leaf(tuple(wanted[path].shape), parts, stacked)
+    found[path] = Leaf(tuple(wanted[path].shape), kind, parts, stacked)
 
   def arrange(pattern: str) -> Callable[[np.ndarray], np.ndarray]:
     ours, theirs = pattern.split(" -> ")
@@ -164,15 +169,16 @@ def leaves(tensors: Mapping[str, np.ndarray], config: model.Config) -> dict[str,
   return found
 
 
-def _check(tensors: Mapping[str, np.ndarray], config: model.Config) -> None:
+def _check(tensors: tensor_files.TensorFiles, config: model.Config) -> None:
   expected = shapes(config)
-  have = tensors.shapes if isinstance(tensors, tensor_files.TensorFiles) else {
-      name: tuple(x.shape) for name, x in tensors.items()}
+  have = tensors.entries
   found, wanted = set(have) - {POSITION}, set(expected)
   wrong = [f"missing {name}" for name in sorted(wanted - found)]
   wrong += [f"unexpected {name}" for name in sorted(found - wanted)]
-  wrong += [f"{name} is {have[name]}, expected {expected[name]}"
-            for name in sorted(found & wanted) if have[name] != expected[name]]
+  wrong += [f"{name} is {have[name].shape}, expected {expected[name]}"
+            for name in sorted(found & wanted) if have[name].shape != expected[name]]
+  wrong += [f"{name} is of type {have[name].dtype}, known are {', '.join(TYPES)}"
+            for name in sorted(found & wanted) if have[name].dtype.name not in TYPES]
   if wrong:
     more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
     raise InputError(f"these weights do not fit the model: {'; '.join(wrong[:8])}{more}")
@@ -187,9 +193,8 @@ def _check_position(theirs: np.ndarray, config: model.Config) -> None:
     raise InputError(f"{POSITION} is {theirs.shape}, expected {ours.shape}: "
                      "pos_embed_max_size or hidden_size of config.json is another")
   resolution = 4 * float(ml_dtypes.finfo(theirs.dtype).eps)  # of sines and cosines
-  error = max(float(np.abs(a.astype(np.float32) - b).max())
-              for a, b in zip(np.array_split(theirs[0], 16), np.array_split(ours[0], 16),
-                              strict=True))
+  parts = zip(np.array_split(theirs[0], 16), np.array_split(ours[0], 16), strict=True)
+  error = np.max([np.abs(a.astype(np.float32) - b).max() for a, b in parts])  # keeps a NaN
   if not error <= max(resolution, 1e-4):
     raise InputError(f"{POSITION} differs by {error:.2g} from the sine-cosine table that this "
                      "model computes; weights trained with another table cannot be used")
@@ -242,21 +247,34 @@ def model_config(settings: Mapping[str, Any]) -> model.Config:
   Raises:
     InputError: a setting is missing.
   """
-  try:
-    ids = settings["special_ids"]
-    return model.Config(
-        backbone=backbone.Config(
-            hidden_size=settings["hidden_size"], intermediate_size=settings["intermediate_size"],
-            num_layers=settings["num_hidden_layers"], num_heads=settings["num_attention_heads"],
-            num_kv_heads=settings.get("num_key_value_heads") or settings["num_attention_heads"],
-            rms_norm_eps=settings["rms_norm_eps"], rope_theta=settings["rope_theta"],
-            rope_long_factor=_long_factor(settings.get("rope_scaling")),
-            max_position_embeddings=settings.get("max_position_embeddings", 4096)),
-        channels=settings.get("in_channels", 4), patch_size=settings.get("patch_size", 2),
-        vocab_size=settings["vocab_size"], img_id=ids["img"], end_img_id=ids["end_img"],
-        diff_id=ids["diff"], pos_embed_max_size=settings.get("pos_embed_max_size", 192))
-  except KeyError as error:
-    raise InputError(f"config.json lacks {error}") from error
+  whole = lambda name, standard=None: _number(settings, name, standard, int)
+  real = lambda name: float(_number(settings, name, None, (int, float)))
+  heads = whole("num_attention_heads")
+  stack = backbone.Config(
+      hidden_size=whole("hidden_size"), intermediate_size=whole("intermediate_size"),
+      num_layers=whole("num_hidden_layers"), num_heads=heads,
+      num_kv_heads=whole("num_key_value_heads", heads), rms_norm_eps=real("rms_norm_eps"),
+      rope_theta=real("rope_theta"), rope_long_factor=_long_factor(settings.get("rope_scaling")),
+      max_position_embeddings=whole("max_position_embeddings", 4096))
+  if (problem := backbone.problem(stack)):
+    raise InputError(f"config.json: {problem}")
+  ids = settings["special_ids"]
+  return model.Config(
+      backbone=stack, channels=whole("in_channels", 4), patch_size=whole("patch_size", 2),
+      vocab_size=whole("vocab_size"), img_id=ids["img"], end_img_id=ids["end_img"],
+      diff_id=ids["diff"], pos_embed_max_size=whole("pos_embed_max_size", 192))
+
+
+def _number(settings: Mapping[str, Any], name: str, standard: Any, kind: Any) -> Any:
+  """A positive number of `config.json`, or the standard one where it is left out or null."""
+  value = settings.get(name)
+  value = standard if value is None else value
+  if value is None:
+    raise InputError(f"config.json lacks {name!r}")
+  if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+    wanted = "whole number" if kind is int else "number"
+    raise InputError(f"config.json: {name} must be a positive {wanted}, got {value!r}")
+  return value
 
 
 def _rope_scaling(config: backbone.Config) -> dict[str, Any] | None:
@@ -267,10 +285,13 @@ def _rope_scaling(config: backbone.Config) -> dict[str, Any] | None:
   return {"type": "longrope", "short_factor": factors, "long_factor": factors}
 
 
-def _long_factor(rope_scaling: Mapping[str, Any] | None) -> tuple[float, ...]:
+def _long_factor(rope_scaling: Any) -> tuple[float, ...]:
   if not rope_scaling:
     return ()
-  kind = rope_scaling.get("type", rope_scaling.get("rope_type"))
-  if kind not in ("longrope", "su"):
-    raise InputError(f"config.json asks for rope_scaling {kind!r}; known: longrope, su, none")
-  return tuple(float(factor) for factor in rope_scaling["long_factor"])
+  try:
+    kind = rope_scaling.get("type", rope_scaling.get("rope_type"))
+    if kind not in ("longrope", "su"):
+      raise InputError(f"config.json asks for rope_scaling {kind!r}; known: longrope, su, none")
+    return tuple(float(factor) for factor in rope_scaling["long_factor"])
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise InputError(f"config.json: rope_scaling cannot be read ({error!r})") from error

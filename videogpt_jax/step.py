@@ -40,9 +40,9 @@ class OptimizerConfig:
   """AdamW with global-norm clipping; decay on all parameters, as published.
 
   With `name` "muon", the matrices of the stack take steps along their orthogonalised momentum
-  (Jordan et al., https://kellerjordan.github.io/posts/muon), scaled to the root mean square of
-  AdamW's (Liu et al., arXiv 2502.16982), so that both share a learning rate; the rest goes by
-  AdamW with Nesterov momentum, as `optax.contrib.muon` has it.
+  (of 0.95; Jordan et al., https://kellerjordan.github.io/posts/muon), scaled to the root mean
+  square of AdamW's (Liu et al., arXiv 2502.16982), so that both share a learning rate; the rest
+  goes by AdamW with Nesterov momentum, as `optax.contrib.muon` has it.
 
   The learning rate rises linearly over `warmup_steps`, stays, and over the last
   `cooldown_steps` (if any) of `total_steps` falls linearly to zero.
@@ -77,8 +77,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   rate, decay = learning_rate(config), config.weight_decay
   if config.name == "muon":
     rule = optax.contrib.muon(
-      rate, weight_decay=decay, adam_b1=config.b1, adam_b2=config.b2, adam_weight_decay=decay,
-      muon_weight_dimension_numbers=_matrices, consistent_rms=0.2)
+      rate, eps=config.eps, weight_decay=decay, adam_b1=config.b1, adam_b2=config.b2,
+      adam_weight_decay=decay, muon_weight_dimension_numbers=_matrices, consistent_rms=0.2)
   else:
     rule = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=decay)
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
@@ -134,7 +134,10 @@ def init_params(config: model.Config, seed: int) -> Any:
 
 def init_state(recipe: Recipe) -> TrainState:
   """A fresh state, its leaves boxed with their logical axis names."""
-  params = init_params(recipe.model, recipe.seed)
+  return _state_of(recipe, init_params(recipe.model, recipe.seed))
+
+
+def _state_of(recipe: Recipe, params: Any) -> TrainState:
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
     step=zero,
@@ -163,12 +166,14 @@ def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     found, opt_state=jax.tree_util.tree_map_with_path(of_moment, abstract.opt_state))
 
 
-def create_state(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
-  """A fresh state, every leaf born with its sharding."""
+def create_state(recipe: Recipe, mesh: jax.sharding.Mesh, params: Any = None) -> TrainState:
+  """A fresh state, every leaf born with its sharding; of `params` (donated), if there are some."""
   shardings = nn.meta.unbox(state_shardings(recipe, mesh))
-  init = lambda: nn.meta.unbox(init_state(recipe))
   with sharding.use(mesh):
-    return jax.jit(init, out_shardings=shardings)()
+    if params is not None:
+      init = functools.partial(_state_of, recipe)
+      return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+    return jax.jit(lambda: nn.meta.unbox(init_state(recipe)), out_shardings=shardings)()
 
 
 def abstract_state(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:

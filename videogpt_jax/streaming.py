@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 import os
 import pathlib
-import shutil
+import tempfile
 from typing import Any, Protocol
 
 from flax import traverse_util
@@ -20,18 +20,21 @@ import tensorstore as ts
 from videogpt_jax import checkpoint
 from videogpt_jax.errors import InputError
 
-_TEMPORARY = ".tmp"
-
 
 class Leaf(Protocol):
   """A parameter that is read in pieces; `published.Leaf` is one."""
 
-  shape: tuple[int, ...]
-  stacked: bool
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the whole."""
 
   @property
   def dtype(self) -> np.dtype:
     """Type of all its pieces."""
+
+  @property
+  def stacked(self) -> bool:
+    """Whether the pieces are what the first axis counts, or there is one piece, the whole."""
 
   def pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
     """(index into the parameter, what stands there)."""
@@ -53,7 +56,6 @@ def write(path: str | pathlib.Path, leaves: Mapping[str, Leaf], config: dict[str
   final = pathlib.Path(path).absolute()
   if final.exists() and (not final.is_dir() or any(final.iterdir())):
     raise InputError(f"{path} exists already; remove it or choose another folder")
-  temporary = final.with_name(final.name + _TEMPORARY)
   tree = traverse_util.unflatten_dict(
     {("ema", *name.split("/")): _Lazy(leaf, dtype) for name, leaf in leaves.items()})
   save_args = traverse_util.unflatten_dict(
@@ -65,23 +67,23 @@ def write(path: str | pathlib.Path, leaves: Mapping[str, Leaf], config: dict[str
         (_Lazy, _LazyHandler(deepcopy_host_arrays=False)))),
     checkpoint.EXTRA: ocp.JsonCheckpointHandler(),
   })
+  checkpoint.quiet_orbax()
   try:
-    shutil.rmtree(temporary, ignore_errors=True)
     final.parent.mkdir(parents=True, exist_ok=True)
-    with ocp.Checkpointer(handler) as checkpointer:
-      checkpointer.save(temporary, ocp.args.Composite(**{
-        checkpoint.STATE: ocp.args.PyTreeSave(tree, save_args=save_args),
-        checkpoint.EXTRA: ocp.args.JsonSave({"config": config}),
-      }))
-    checkpoint.seal(temporary)
-    os.replace(temporary, final)
+    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
+      whole = pathlib.Path(folder) / "checkpoint"
+      with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(whole, ocp.args.Composite(**{
+          checkpoint.STATE: ocp.args.PyTreeSave(tree, save_args=save_args),
+          checkpoint.EXTRA: ocp.args.JsonSave({"config": config}),
+        }))
+      checkpoint.seal(whole)
+      os.replace(whole, final)
   except (OSError, ValueError) as error:
-    # tensorstore reports what the system refused as a ValueError with the code in it.
-    if not isinstance(error, OSError) and "os_error_code=" not in str(error):
+    reason = checkpoint.write_failure(error)
+    if not reason:
       raise
-    raise InputError(f"cannot write the checkpoint {path}: {error}") from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+    raise InputError(f"cannot write the checkpoint {path}: {reason}") from error
 
 
 def _layout(leaf: Leaf) -> ocp.SaveArgs:

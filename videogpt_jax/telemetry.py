@@ -308,6 +308,8 @@ def plot_held_out(losses: Mapping[str, Mapping[str, float]], png: str | pathlib.
   fig = _figure((11, 4))
   axes = fig.subplots(1, 3, sharey=True)
   names = [pathlib.PurePath(name).name for name in losses]
+  if len(set(names)) < len(names):
+    names = list(losses)
   axes[0].plot(names, [values["loss"] for values in losses.values()], color="0.7", zorder=0)
   for name, values in zip(names, losses.values(), strict=True):
     axes[0].plot([name], [values["loss"]], marker="o")

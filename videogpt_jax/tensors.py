@@ -18,7 +18,7 @@ import json
 import os
 import pickle
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 import zipfile
 
 import ml_dtypes
@@ -29,25 +29,38 @@ from safetensors import SafetensorError
 from videogpt_jax.errors import InputError
 
 _INDEX = ".index.json"
+_ENDINGS = (".safetensors", ".bin", ".pt")
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "model.pt")
+
+
+class Entry(NamedTuple):
+  """A tensor that is not read yet."""
+
+  read: Callable[[], np.ndarray]
+  shape: tuple[int, ...]
+  dtype: np.dtype
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
   """Tensors of one or several files; `tensors[name]` reads that tensor alone."""
 
-  def __init__(self, readers: Mapping[str, Callable[[], np.ndarray]],
-               shapes: Mapping[str, tuple[int, ...]]) -> None:
-    self._readers = readers
-    self.shapes = dict(shapes)
+  def __init__(self, entries: Mapping[str, Entry]) -> None:
+    self.entries = dict(entries)
 
   def __getitem__(self, name: str) -> np.ndarray:
-    return self._readers[name]()
+    return self.entries[name].read()
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._readers)
+    return iter(self.entries)
 
   def __len__(self) -> int:
-    return len(self._readers)
+    return len(self.entries)
+
+
+def in_memory(tensors: Mapping[str, np.ndarray]) -> TensorFiles:
+  """Arrays as if they came from files."""
+  return TensorFiles({name: Entry(functools.partial(tensors.__getitem__, name), tuple(x.shape),
+                                  x.dtype) for name, x in tensors.items()})
 
 
 def open_folder(folder: str) -> TensorFiles:
@@ -59,33 +72,33 @@ def open_folder(folder: str) -> TensorFiles:
     InputError: no weights there, a shard is missing, or a file is damaged or holds anything
       but tensors.
   """
-  readers: dict[str, Callable[[], np.ndarray]] = {}
-  shapes: dict[str, tuple[int, ...]] = {}
+  entries: dict[str, Entry] = {}
   for path in _files(folder):
     open_file = _open_safetensors if path.endswith(".safetensors") else _open_bin
-    for name, (read, shape) in open_file(path).items():
-      if name in readers:
+    for name, entry in open_file(path).items():
+      if name in entries:
         raise InputError(f"{folder}: the tensor {name} stands in several files")
-      readers[name], shapes[name] = read, shape
-  return TensorFiles(readers, shapes)
+      entries[name] = entry
+  return TensorFiles(entries)
 
 
 def _files(folder: str) -> list[str]:
+  """The files of the weights, whole ones and indices first, loose shards last."""
   if os.path.isfile(folder):
     return [folder]
-  for ending in (".safetensors", ".bin", ".pt"):
-    indices = sorted(glob.glob(os.path.join(glob.escape(folder), f"*{ending}{_INDEX}")))
-    if indices:
+  inside = lambda pattern: sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+  for ending in _ENDINGS:
+    if indices := inside(f"*{ending}{_INDEX}"):
       return _indexed(indices[0])
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), f"*{ending}")))
-    whole = [path for path in found if os.path.basename(path) in _WHOLE]
-    if whole and os.path.isdir(whole[0]):
-      return _files(whole[0])
-    if found:
-      return whole or found
+    whole = [path for path in inside(f"*{ending}") if os.path.basename(path) in _WHOLE]
+    if whole:
+      return _files(whole[0]) if os.path.isdir(whole[0]) else whole
   inner = os.path.join(folder, "transformer")
   if os.path.isdir(inner):
     return _files(inner)
+  for ending in _ENDINGS:
+    if shards := inside(f"*{ending}"):
+      return shards
   raise InputError(f"{folder}: no weights; expected model.safetensors, pytorch_model.bin, shards "
                    "of one of them, or model.pt")
 
@@ -104,21 +117,32 @@ def _indexed(index: str) -> list[str]:
   return paths
 
 
-_Entries = dict[str, tuple[Callable[[], np.ndarray], tuple[int, ...]]]
+# The types that safetensors names, as far as numpy has them.
+_TYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 
 
-def _open_safetensors(path: str) -> _Entries:
+def _open_safetensors(path: str) -> dict[str, Entry]:
   def read(name: str) -> np.ndarray:
     with safe_open(path, "np") as file:
       return file.get_tensor(name)
 
+  entries: dict[str, Entry] = {}
   try:
     with safe_open(path, "np") as file:
-      shapes = {name: tuple(file.get_slice(name).get_shape())
-                for name in file.keys()}  # noqa: SIM118 (no dictionary, and not iterable)
+      for name in file.keys():  # noqa: SIM118 (no dictionary, and not iterable)
+        tensor = file.get_slice(name)
+        kind = tensor.get_dtype()
+        if kind not in _TYPES:
+          raise InputError(f"{path}: {name} is of type {kind}, which is not read")
+        entries[name] = Entry(functools.partial(read, name), tuple(tensor.get_shape()),
+                              np.dtype(_TYPES[kind]))
   except (OSError, SafetensorError) as error:
     raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
-  return {name: (functools.partial(read, name), shape) for name, shape in shapes.items()}
+  return entries
 
 
 # PyTorch's zip format ---------------------------------------------------------------------
@@ -189,7 +213,7 @@ class _Unpickler(pickle.Unpickler):
     return key, storage_type.dtype, elements
 
 
-def _open_bin(path: str) -> _Entries:
+def _open_bin(path: str) -> dict[str, Entry]:
   try:
     with zipfile.ZipFile(path) as archive:
       pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -209,7 +233,7 @@ def _open_bin(path: str) -> _Entries:
     raise InputError(f"{path} cannot be read: {error}") from error
   if not isinstance(content, dict):
     raise InputError(f"{path} holds a {type(content).__name__}, not tensors by name")
-  entries: _Entries = {}
+  entries: dict[str, Entry] = {}
   for name, tensor in content.items():
     if not isinstance(name, str) or not isinstance(tensor, _Tensor):
       raise InputError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
@@ -217,7 +241,8 @@ def _open_bin(path: str) -> _Entries:
     size = tensor.elements * tensor.dtype.itemsize
     if place is None or place.compress_type != zipfile.ZIP_STORED or place.file_size < size:
       raise InputError(f"{path} is damaged: the values of {name} are missing")
-    entries[name] = (functools.partial(_read, path, tensor, place), tensor.shape)
+    entries[name] = Entry(functools.partial(_read, path, tensor, place), tensor.shape,
+                          tensor.dtype)
   return entries
 
 

@@ -17,16 +17,15 @@ from typing import Any
 from absl import logging
 from flax import traverse_util
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
 from videogpt_jax import checkpoint
+from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
 from videogpt_jax import flops
 from videogpt_jax import held_out
 from videogpt_jax import machine
-from videogpt_jax import model as model_lib
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
@@ -161,17 +160,16 @@ def find_state(config: ConfigDict, recipe: step_lib.Recipe, mesh: jax.sharding.M
   if not config.checkpoint.init_from:
     return step_lib.create_state(recipe, mesh)
   wanted = step_lib.abstract_state(recipe, mesh).params
-  params = initial_params(config.checkpoint.init_from, recipe.model, wanted)
+  params = initial_params(config.checkpoint.init_from, recipe, wanted)
   print(f"starting from the weights of {config.checkpoint.init_from}", flush=True)
-  state = step_lib.create_state(recipe, mesh)
-  return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+  return step_lib.create_state(recipe, mesh, params)
 
 
-def initial_params(path: str, model: model_lib.Config, wanted: Any) -> Any:
+def initial_params(path: str, recipe: step_lib.Recipe, wanted: Any) -> Any:
   """The weights at `path`, placed as the tree `wanted` says.
 
   Raises:
-    InputError: they belong to another model.
+    InputError: they belong to another model, or to latents scaled otherwise.
   """
   source = weights_lib.open_source(path)
   shardings = {}
@@ -182,10 +180,14 @@ def initial_params(path: str, model: model_lib.Config, wanted: Any) -> Any:
       raise InputError(f"{path} holds another model: the parameter {name} is {there}, "
                        f"{leaf.shape} is needed")
     shardings[name] = leaf.sharding
-  differences = config_lib.model_differences(model, source.model)
+  differences = config_lib.model_differences(recipe.model, source.model)
+  theirs, ours = codec_lib.from_settings(source.config["codec"]).spec(), recipe.codec.spec()
+  differences += [f"--config.codec.{name}={theirs.get(name)} (it is {ours.get(name)!r} here)"
+                  for name in sorted(ours.keys() | theirs.keys())
+                  if ours.get(name) != theirs.get(name)]
   if differences:
-    raise InputError(f"{path} holds another model than the configuration asks for: "
-                     + "; ".join(differences))
+    raise InputError(f"{path} holds a model of other settings; to go on from it, give "
+                     + " ".join(differences))
   return weights_lib.parameters(
     source, lambda name, array: jax.device_put(array, shardings[name]))
 

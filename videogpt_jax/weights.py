@@ -68,7 +68,8 @@ class Weights:
   def sampler(self) -> rollout.Sampler:
     """The sampler of the run's configuration."""
     sample = self.config["sample"]
-    return rollout.Sampler(sample["steps"], sample["guidance"], sample["shift"])
+    return rollout.Sampler(sample["steps"], sample["guidance"], sample["shift"],
+                           sample.get("history_noise", 0.0))
 
   def continue_video(
     self,
@@ -125,7 +126,7 @@ def open_source(path: str = "", special_ids: Mapping[str, int] | None = None) ->
 
   saved = checkpoint.open_params(path)
   config = config_lib.from_saved(saved.config)
-  usual = {name: getattr(backbone.Config, name) for name in config_lib.NUMERICS}
+  usual = {name: getattr(backbone.Config, name) for name in backbone.NUMERICS}
   model = config_lib.model(config)
   model = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, **usual))
   return Source(path, model, saved.leaves, config.to_dict())
@@ -138,7 +139,7 @@ def _published_config(found: folder_lib.Folder) -> dict[str, Any]:
 
   config = config_lib.with_model(presets.paper(), found.model)
   config.codec.channels = found.model.channels
-  autoencoder = os.path.join(found.path, "vae")
+  autoencoder = os.path.abspath(os.path.join(found.path, "vae"))
   if os.path.isdir(autoencoder):
     config.codec.path = autoencoder
   return config.to_dict()
@@ -164,8 +165,11 @@ def load(path: str = "", *, attention: str = "auto", dtype: str = "auto", vae: s
   numerics = {"attention": attention, "dtype": backbone.compute_dtype(dtype)}
   model = dataclasses.replace(
     source.model, backbone=dataclasses.replace(source.model.backbone, **numerics))
+  encoder = codec_lib.from_settings(codec)
+  if vae:
+    encoder.prepare()  # a wrong path is told before anything large is read
   params = parameters(source, lambda name, array: jnp.asarray(array))
-  return Weights(model, params, codec_lib.from_settings(codec), source.config, source.path)
+  return Weights(model, params, encoder, source.config, source.path)
 
 
 def parameters(source: Source, place: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:

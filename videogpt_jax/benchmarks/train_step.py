@@ -7,6 +7,7 @@ The step is the one that training runs, or, for a case, forward and backward alo
 was measured for the published implementation. The last line printed is one JSON object.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import json
@@ -42,6 +43,8 @@ class Case:
   recipe: step_lib.Recipe
   latents: tuple[int, int, int, int, int]
   update: bool  # the whole train step, or forward and backward alone
+  mesh: Mapping[str, int]
+  cpu_devices: int  # see `machine.split_cpu`
 
 
 def laptop() -> Case:
@@ -54,7 +57,9 @@ def laptop() -> Case:
     codec=pixels,
     objective=objective.fixed((4, 4, 4, 4)),
     optimizer=step_lib.OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1))
-  return Case(recipe, (1, 16, 16, 16, pixels.channels), update=False)
+  mesh = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": -1}  # its batch is one video
+  return Case(recipe, (1, 16, 16, 16, pixels.channels), update=False, mesh=mesh,
+              cpu_devices=min(2, machine.usable_cores()))
 
 
 CASES = {"laptop": laptop}
@@ -69,16 +74,17 @@ def from_config(config: Any) -> Case:
   side = recipe.codec.downsample
   latents = (config.train.batch_size, config.data.frames, config.data.height // side,
              config.data.width // side, recipe.codec.channels)
-  return Case(recipe, latents, update=True)
+  return Case(recipe, latents, update=True, mesh=config.mesh.to_dict(),
+              cpu_devices=config.cpu_devices)
 
 
 def measure(case: Case, steps: int) -> dict[str, Any]:
   """Runs `steps` timed steps after one that compiles; the median step counts."""
-  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
+  mesh = sharding.make_mesh(case.mesh)
   stored = jax.random.randint(jax.random.key(0), case.latents, 0, 256)
   stored = jax.device_put(stored.astype(case.recipe.codec.dtype), sharding.rows(mesh))
   with sharding.use(mesh):
-    run, carry = _update(case, mesh) if case.update else _gradients(case)
+    run, carry = _update(case, mesh) if case.update else _gradients(case, mesh)
     began = time.perf_counter()
     carry = jax.block_until_ready(run(carry, stored))
     first = time.perf_counter() - began
@@ -116,9 +122,10 @@ def _update(case: Case, mesh: jax.sharding.Mesh):
   return lambda state, stored: step(state, stored)[0], step_lib.create_state(case.recipe, mesh)
 
 
-def _gradients(case: Case):
-  config = case.recipe.model
-  params = nn.meta.unbox(jax.jit(lambda: step_lib.init_params(config, 0))())
+def _gradients(case: Case, mesh: jax.sharding.Mesh):
+  shardings = nn.meta.unbox(step_lib.state_shardings(case.recipe, mesh).params)
+  init = lambda: nn.meta.unbox(step_lib.init_params(case.recipe.model, 0))
+  params = jax.jit(init, out_shardings=shardings)()
   keys = objective.row_keys(0, jnp.int32(0), case.latents[0])
   grad = jax.jit(functools.partial(step_lib.gradients, case.recipe))
 
@@ -132,6 +139,9 @@ def main() -> None:
   """Reads the flags and measures."""
   f = flags.FLAGS
   case = from_config(f.config) if f.config is not None else CASES[f.case]()
+  devices = case.cpu_devices if f.cpu_devices is None else f.cpu_devices
+  if devices:
+    machine.split_cpu(devices)
   result = measure(case, f.steps)
   name = f.config.name if f.config is not None else f.case
   for key, value in result.items():
@@ -147,6 +157,8 @@ def main() -> None:
 if __name__ == "__main__":
   flags.DEFINE_enum("case", "laptop", sorted(CASES), "What to measure, without --config.")
   flags.DEFINE_integer("steps", 5, "Timed steps.", lower_bound=1)
+  flags.DEFINE_integer("cpu_devices", None, "On CPU: devices that the cores are shared among; "
+                       "default: as the case or the configuration says.", lower_bound=1)
   try:
     from ml_collections import config_flags
   except ImportError:  # the benchmarks run where only jax is installed
