@@ -12,6 +12,7 @@ from safetensors import numpy as safetensors
 from safetensors import SafetensorError
 
 import golden_videogpt as golden
+import tiny_run
 import torch_files
 from videogpt_jax import checkpoint
 from videogpt_jax import convert
@@ -337,6 +338,15 @@ def test_golden_import_refuses_an_occupied_place_and_leaves_nothing(tmp_path):
   with pytest.raises(InputError, match="cannot write the checkpoint"):
     convert.import_folder(str(inside), str(tmp_path / "file" / "out"))
   assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out", "published"]
+
+
+def test_the_benchmark_finds_both_ways_exact():
+  result = tiny_run.run("benchmarks.convert", "--variant=small")
+  assert result.returncode == 0, result.stderr
+  said = json.loads(result.stdout.splitlines()[-1])
+  assert said["bit_equal"] is True
+  assert said["parameters"] == 998_208
+  assert min(said["import_peak_rss_mib"], said["export_peak_rss_mib"]) > 50
 
 
 # Phi-3 ------------------------------------------------------------------------------------

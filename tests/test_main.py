@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 from PIL import Image
 import psutil
 import pytest
 
 import tiny_run
 from videogpt_jax import checkpoint
+from videogpt_jax import telemetry
 
 
 def test_a_run_from_the_first_to_the_last_step(finished):
@@ -101,3 +103,26 @@ def test_a_wrong_command_line(finished, tmp_path, arguments, message):
   assert message.format(**fill) in result.stderr
   assert len(result.stderr.splitlines()) == 1
   assert not list(tmp_path.iterdir())
+
+
+def test_the_cores_of_a_cpu_as_two_devices(finished, tmp_path):
+  """Heads and MLP split over two devices: the losses of one device."""
+  arguments = [f"--config={finished.config_file}", "--config.mesh.data=1",
+               "--config.mesh.tensor=-1", "--config.train.steps=2", "--config.log.videos=0"]
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  losses = []
+  for devices in (1, 2):
+    workdir = tmp_path / str(devices)
+    result = tiny_run.run("main", *arguments, f"--workdir={workdir}",
+                          f"--config.cpu_devices={devices}", env=environment)
+    if os.cpu_count() < devices:
+      assert f"cpu_devices is {devices}; this machine has" in result.stderr
+      return
+    assert result.returncode == 0, result.stderr
+    told = telemetry.read_metrics(workdir / telemetry.METRICS_FILE)
+    losses.append([r.get("loss", r.get("validation/loss")) for r in told])
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+  result = tiny_run.run("main", *arguments, f"--workdir={tmp_path / '3'}",
+                        "--config.cpu_devices=10000", env=environment)
+  assert result.returncode == 2
+  assert "error: cpu_devices is 10000; this machine has" in result.stderr

@@ -163,6 +163,14 @@ def test_bad_input_is_refused_in_one_line(said, finished, videos, line):
   assert "wrote" not in out
 
 
+@pytest.mark.parametrize(("interval", "stride", "shortest"), [
+  ((4, 12), 1, 4), ((1, 4), 2, 2), ((3, 8), 2, 4), ((4, 4), 4, 4)])
+def test_frames_are_taken_at_the_shortest_interval(finished, interval, stride, shortest):
+  weights = weights_lib.load(str(finished.workdir))
+  weights.config["data"] |= {"interval": interval, "stride": stride}
+  assert predict.shortest_interval(weights) == shortest
+
+
 def test_a_model_of_real_videos_needs_a_video(finished, tmp_path):
   weights = weights_lib.load(str(finished.workdir))
   weights.config["data"]["source"] = "videos"

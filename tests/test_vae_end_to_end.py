@@ -97,8 +97,8 @@ def published_folder(tmp_path_factory):
 
 def test_vae_and_published_weights_predict_as_they_come(published_folder, clip, tmp_path):
   """By the command alone, directly and through a checkpoint: the same video, pixel for pixel."""
-  imported = tiny_run.run("convert", f"--checkpoint={published_folder}",
-                          f"--out={tmp_path / 'checkpoint'}")
+  imported = tiny_run.run("convert", f"--checkpoint={published_folder.name}",
+                          f"--out={tmp_path / 'checkpoint'}", cwd=published_folder.parent)
   assert imported.returncode == 0, imported.stderr
   assert f"init_from={tmp_path / 'checkpoint'}" in imported.stdout
   videos = []
