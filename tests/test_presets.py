@@ -98,7 +98,7 @@ def test_the_loss_of_a_run_is_the_one_it_told(finished, tmp_path):
   (["--checkpoint={run}", "--config={config}", "--config.model.num_layers=3"],
    "holds another model: the parameter backbone/layers/"),
   (["--checkpoint={run}", "--config={config}", "--config.model.img_id=0"],
-   "img_id is 0, in the weights 1"),
+   "of other settings; to go on from it, give --config.model.img_id=1 (it is 0 here)"),
 ])
 def test_a_loss_that_cannot_be_taken(finished, tmp_path, arguments, message):
   fill = {"run": finished.workdir, "config": finished.config_file}
