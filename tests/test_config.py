@@ -123,6 +123,8 @@ def test_whole_numbers_and_lists_do_for_numbers_and_tuples():
   ({"optimizer.learning_rate": float("nan")}, r"learning_rate must be at least 0, got nan"),
   ({"model.hidden_size": 100, "model.num_heads": 3},
    r"config\.model: hidden_size 100 is not divisible by num_heads 3"),
+  ({"optimizer.name": "sgd"}, r"config\.optimizer\.name is 'sgd'; known: adamw, muon"),
+  ({"sample.history_noise": 1.0}, r"config\.sample\.history_noise must be in \[0, 1\), got 1\.0"),
   ({"model.num_kv_heads": 3}, r"num_heads 4 is not divisible by num_kv_heads 3"),
   ({"model.hidden_size": 20, "model.num_heads": 4}, r"hidden_size 20 must be a multiple of 4"),
   ({"model.patch_size": 3}, r"patch_size 3 does not divide the latent: .*64 px / 2 = 32 cells"),

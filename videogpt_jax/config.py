@@ -222,6 +222,7 @@ def validate(config: ConfigDict) -> None:
       if not fits(leaf(config, name)):
         raise InputError(f"config.{name} must be {wanted}, got {leaf(config, name)}")
   _validate_model(config)
+  _one_of(config, "optimizer.name", step_lib.OPTIMIZERS)
   codec(config)
   _validate_clips(config)
   if config.train.batch_size % config.train.accumulation:
@@ -275,7 +276,6 @@ def _validate_model(config: ConfigDict) -> None:
   _one_of(config, "model.dtype", ("auto", "float32", "bfloat16"))
   _one_of(config, "model.attention", ("auto", *attention.IMPLEMENTATIONS))
   _one_of(config, "model.remat", tuple(backbone.REMAT_POLICIES))
-  _one_of(config, "optimizer.name", step_lib.OPTIMIZERS)
   cell = config.codec.block
   for name in ("height", "width"):
     if config.data[name] % cell:
