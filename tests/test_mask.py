@@ -1,4 +1,4 @@
-"""The mask: against its definition, against the published masks, and its block map."""
+"""The mask: against its definition, against the published masks, and its count."""
 
 import jax
 import jax.numpy as jnp
@@ -123,36 +123,7 @@ def test_golden_prediction_masks_and_positions(spec):
     _check_against_published(case, row, blocks, int(case["patches"]))
 
 
-# The block map ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block_q,block_k", [(5, 5), (10, 5), (7, 12), (200, 200)])
-@pytest.mark.parametrize("seed", range(3))
-def test_block_map_covers_every_visible_pair_and_no_full_block_lies(seed, block_q, block_k):
-  ranks = mask.ranks(_random_tokens(seed))
-  dense = np.asarray(mask.visible(mask.pad(ranks, block_q), mask.pad(ranks, block_k)))
-  block_map = jax.jit(mask.block_map, static_argnums=(2, 3))(ranks, ranks, block_q, block_k)
-  count = int(block_map.count[0])
-  listed = set()
-  for b, i, j, full in zip(*(np.asarray(x) for x in block_map.unpack(block_map.pairs[:count])),
-                           strict=True):
-    block = dense[b, i * block_q:(i + 1) * block_q, j * block_k:(j + 1) * block_k]
-    assert not full or block.all()
-    listed.add((b, i, j))
-  assert len(listed) == count
-  for b, q, k in np.argwhere(dense):
-    assert (b, q // block_q, k // block_k) in listed
-
-
-def test_block_map_is_exact_on_whole_frames():
-  clip = jnp.array([[0, 0, 1, 2, 2, 3]])
-  ranks = mask.ranks(layout.tokens(layout.training(clip), 3))
-  size = 5
-  live, full = mask.live_blocks(ranks, ranks, size, size)
-  dense = np.asarray(mask.visible(ranks, ranks))[0]
-  blocks = dense.reshape(11, size, 11, size).transpose(0, 2, 1, 3)
-  np.testing.assert_array_equal(np.asarray(live)[0], blocks.any((2, 3)))
-  np.testing.assert_array_equal(np.asarray(full)[0], blocks.all((2, 3)))
+# Counting ---------------------------------------------------------------------------------
 
 
 def test_live_pairs_counts_the_mask():

@@ -23,6 +23,7 @@ import tiny_run
 from videogpt_jax import backbone
 from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
+from videogpt_jax import model
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
@@ -178,7 +179,7 @@ def muon(tiny_data):
   c = tiny_run.config(tiny_data)
   c.optimizer.name, c.optimizer.eps = "muon", 1e-3
   recipe = config_lib.recipe(c)
-  params = nn.meta.unbox(step_lib.init_params(recipe.model, 0))
+  params = nn.meta.unbox(model.init_params(recipe.model, 0))
   rng = np.random.default_rng(0)
   grads = jax.tree.map(lambda x: jnp.float32(0.01 * rng.normal(size=x.shape)), params)
   optimizer = step_lib.make_optimizer(recipe.optimizer)

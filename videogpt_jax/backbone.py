@@ -18,6 +18,7 @@ import numpy as np
 
 from videogpt_jax import attention
 from videogpt_jax import mask
+from videogpt_jax.attention import blocks
 
 _ROPE_ORIGINAL = 4096  # positions that Phi-3 was trained on before its context was extended
 
@@ -116,7 +117,7 @@ class Context:
   cos: Float[Array, "B L E2"]
   sin: Float[Array, "B L E2"]
   ranks: mask.Ranks
-  block_map: mask.BlockMap | None
+  block_map: blocks.BlockMap | None
 
 
 def rotary_angles(

@@ -6,6 +6,7 @@ import pathlib
 import resource
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,14 +96,15 @@ def peak_flops_per_device(device: jax.Device) -> float | None:
   return next((rate for kind, rate in _PEAK_FLOPS.items() if kind in device.device_kind), None)
 
 
-def product_rate(size: int = 2048, repeats: int = 3) -> float:
-  """FLOP/s of a float32 product of two square matrices on the default device, best of some."""
+def product_rate(size: int = 2048, dtype: Any = jnp.float32, repeats: int = 3) -> float:
+  """FLOP/s of a product of two square random matrices on the default device, best of some."""
   multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
-  a = jnp.ones((size, size), jnp.float32)
-  multiply(a, a).block_until_ready()
+  a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(
+      jax.random.key(0)))
+  multiply(a, b).block_until_ready()
   seconds = []
   for _ in range(repeats):
     begin = time.perf_counter()
-    multiply(a, a).block_until_ready()
+    multiply(a, b).block_until_ready()
     seconds.append(time.perf_counter() - begin)
   return 2 * size**3 / min(seconds)

@@ -14,7 +14,7 @@ everything.
 
 One integer per key and three per query decide it: every key has a `key` rank, and q sees
 k iff `key_k <= a_q or lo_q <= key_k <= hi_q`. The L x L mask exists only in tests and
-pictures; attention gets the ranks and a `BlockMap`.
+pictures; attention gets the ranks, and the blocks that they make live (`attention.blocks`).
 """
 
 import flax.struct
@@ -73,64 +73,6 @@ def visible(ranks_q: Ranks, ranks_k: Ranks) -> Bool[Array, "*B Lq Lk"]:
   key = ranks_k.key[..., None, :]
   a, lo, hi = ranks_q.a[..., None], ranks_q.lo[..., None], ranks_q.hi[..., None]
   return (key <= a) | ((lo <= key) & (key <= hi))
-
-
-@flax.struct.dataclass
-class BlockMap:
-  """Which blocks of queries and keys hold visible pairs, for a blockwise attention.
-
-  `pairs` lists the live blocks of the whole batch, query-major: for sample b, query block
-  i and key block j the entry is `((b * nq + i) * nk + j) * 2 + full`. Its capacity is
-  every block there is, so it cannot overflow; entries from `count` on mean nothing.
-  A block is full if all its pairs are visible, and then needs no predicate.
-  """
-
-  pairs: Int[Array, "capacity"]
-  count: Int[Array, "1"]
-  block_q: int = flax.struct.field(pytree_node=False)
-  block_k: int = flax.struct.field(pytree_node=False)
-  num_q: int = flax.struct.field(pytree_node=False)  # query blocks a sample
-  num_k: int = flax.struct.field(pytree_node=False)
-
-  def unpack(self, entry: Int[Array, "*n"]) -> tuple[Array, Array, Array, Array]:
-    """Sample, query block, key block and fullness of packed entries."""
-    full, index = entry % 2, entry // 2
-    sample_and_q, key = index // self.num_k, index % self.num_k
-    return sample_and_q // self.num_q, sample_and_q % self.num_q, key, full == 1
-
-
-def live_blocks(
-    ranks_q: Ranks, ranks_k: Ranks, block_q: int, block_k: int
-) -> tuple[Bool[Array, "B nq nk"], Bool[Array, "B nq nk"]]:
-  """Which blocks may hold visible pairs, and which hold nothing else.
-
-  From the extremes of the ranks in each block, so O(L) work and memory: never a live
-  block missed or a partial one called full; exact on the split layout, where the tokens
-  of a block differ little.
-  """
-  ranks_q, ranks_k = pad(ranks_q, block_q), pad(ranks_k, block_k)
-  blocks = lambda x, size: x.reshape(*x.shape[:-1], -1, size)
-  q = jax.tree.map(lambda x: blocks(x, block_q), ranks_q)
-  key = blocks(ranks_k.key, block_k)
-  low, high = key.min(-1)[..., None, :], key.max(-1)[..., None, :]
-  bound = lambda x, reduce: reduce(x, axis=-1)[..., None]
-  live = (low <= bound(q.a, jnp.max)) | (
-      (low <= bound(q.hi, jnp.max)) & (high >= bound(q.lo, jnp.min)))
-  full = (high <= bound(q.a, jnp.min)) | (
-      (low >= bound(q.lo, jnp.max)) & (high <= bound(q.hi, jnp.min)))
-  return live, full
-
-
-def block_map(ranks_q: Ranks, ranks_k: Ranks, block_q: int, block_k: int) -> BlockMap:
-  """Builds the worklist of live blocks; jit-able, once a step for all layers."""
-  live, full = live_blocks(ranks_q, ranks_k, block_q, block_k)
-  _, num_q, num_k = live.shape
-  live, full = live.reshape(-1), full.reshape(-1)
-  index = jnp.arange(live.size, dtype=jnp.int32)
-  order = jnp.argsort(~live, stable=True)  # live ones first, query-major order kept
-  pairs = (index * 2 + full.astype(jnp.int32))[order]
-  return BlockMap(pairs=pairs, count=live.sum(dtype=jnp.int32, keepdims=True), block_q=block_q,
-                  block_k=block_k, num_q=num_q, num_k=num_k)
 
 
 def live_pairs(ranks: Ranks) -> Int[Array, "B"]:

@@ -21,6 +21,7 @@ from videogpt_jax import attention
 from videogpt_jax import backbone
 from videogpt_jax import layout
 from videogpt_jax import mask
+from videogpt_jax import sharding
 
 TIME_FEATURES = 256
 _POSITION_SPAN = 64  # the position table covers coordinates 0..64 whatever its size
@@ -197,18 +198,22 @@ class VideoGPT(nn.Module):
     if prefix is not None:
       x_BLD = jnp.concatenate([prefix.embeddings.astype(x_BLD.dtype), x_BLD], axis=1)
     prefix_size = 0 if prefix is None else prefix.embeddings.shape[1]
+    # A mesh that splits the sequence wants as many tokens for each device.
     tokens = layout.tokens(blocks, patches, None if prefix is None else prefix.length,
-                           prefix_size=prefix_size)
+                           prefix_size=prefix_size, multiple=sharding.size("sequence"))
+    length, whole = x_BLD.shape[1], tokens.position.shape[1]
+    x_BLD = jnp.pad(x_BLD, [(0, 0), (0, whole - length), (0, 0)])
     ranks = mask.ranks(tokens)
-    block_map = attention.plan(ranks, ranks, frame_tokens=patches + layout.MARKERS,
-                               implementation=c.backbone.attention)
+    block_map = attention.plan(
+        ranks, ranks, frame_tokens=patches + layout.MARKERS, head_size=c.backbone.head_size,
+        dtype=c.backbone.dtype, implementation=c.backbone.attention)
     cos, sin = backbone.rotary_angles(c.backbone, tokens.position)
     context = backbone.Context(cos=cos, sin=sin, ranks=ranks, block_map=block_map)
     x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "embed"))
     x_BLD, hidden = backbone.Backbone(c.backbone, name="backbone")(x_BLD, context, capture)
 
     noisy_tokens = noisy.shape[1] * (patches + layout.MARKERS)
-    x_BNSD = x_BLD[:, x_BLD.shape[1] - noisy_tokens:].reshape(
+    x_BNSD = x_BLD[:, length - noisy_tokens:length].reshape(
         *noisy.shape[:2], -1, c.backbone.hidden_size)
     time_BND = TimeEmbed(c, name="t_embedder")(t)
     x_BNPO = FinalLayer(c, name="final_layer")(x_BNSD[:, :, layout.MARKERS:], time_BND)
@@ -246,14 +251,23 @@ def predict(
   return out.x1
 
 
+def init_params(config: Config, seed: int) -> Any:
+  """Fresh parameters, boxed with their logical axis names.
+
+  From one pass over two frames of one patch, which no device mesh has to split: so it
+  attends by the dense reference, whatever the configuration wants.
+  """
+  stack = dataclasses.replace(config.backbone, attention="reference")
+  network = VideoGPT(dataclasses.replace(config, backbone=stack))
+  side = config.patch_size
+  frame = jnp.zeros((1, 1, side, side, config.channels))
+  return network.init(jax.random.key(seed), frame, frame, jnp.zeros((1, 1)),
+                      layout.prediction(1, 1))["params"]
+
+
 def abstract_params(config: Config) -> dict[str, Any]:
   """The parameter tree of a model as shapes and types (without axis names)."""
-  side = config.patch_size
-  frame = jax.ShapeDtypeStruct((1, 1, side, side, config.channels), jnp.float32)
-  time = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-  init = lambda frame, time: VideoGPT(config).init(
-      jax.random.key(0), frame, frame, time, layout.prediction(1, 1))["params"]
-  return nn.meta.unbox(jax.eval_shape(init, frame, time))
+  return nn.meta.unbox(jax.eval_shape(lambda: init_params(config, 0)))
 
 
 def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:

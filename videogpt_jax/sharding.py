@@ -21,6 +21,7 @@ from videogpt_jax.errors import InputError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
+HEAD_AXES = ("tensor", "sequence")  # of heads while attending; see `videogpt_jax.attention`
 
 # Logical axis -> mesh axes; an axis that is not here, or None, is not split.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
@@ -60,10 +61,10 @@ def use(mesh: Mesh):
     yield
 
 
-def batch_shards() -> int:
-  """Over how many devices the batch is split in the mesh in use; 1 without one."""
+def size(*axes: str) -> int:
+  """Over how many devices these axes of the mesh in use split an array; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
 
 
 def rows(mesh: Mesh) -> NamedSharding:

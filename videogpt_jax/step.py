@@ -21,7 +21,6 @@ import optax.contrib
 from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import flow
-from videogpt_jax import layout
 from videogpt_jax import model
 from videogpt_jax import objective as objective_lib
 from videogpt_jax import sharding
@@ -123,18 +122,9 @@ class Recipe:
   seed: int = 0
 
 
-def init_params(config: model.Config, seed: int) -> Any:
-  """Fresh parameters, boxed with their logical axis names."""
-  side = config.patch_size
-  frame = jnp.zeros((1, 1, side, side, config.channels))
-  blocks = layout.prediction(1, 1)
-  network = model.VideoGPT(config)
-  return network.init(jax.random.key(seed), frame, frame, jnp.zeros((1, 1)), blocks)["params"]
-
-
 def init_state(recipe: Recipe) -> TrainState:
   """A fresh state, its leaves boxed with their logical axis names."""
-  return _state_of(recipe, init_params(recipe.model, recipe.seed))
+  return _state_of(recipe, model.init_params(recipe.model, recipe.seed))
 
 
 def _state_of(recipe: Recipe, params: Any) -> TrainState:

@@ -1,60 +1,99 @@
 """Attention under the hierarchical mask: one entry point, several implementations.
 
 `plan` builds the block map that the chosen implementation wants, once a step; `attend`
-runs in every layer. `implementation` is one of `IMPLEMENTATIONS`, or "auto": blockwise
-XLA, and the dense reference for sequences so short that the loop would only cost.
+runs in every layer. `implementation` is one of `IMPLEMENTATIONS`, or "auto":
+
+  tpu         Pallas kernels for TPU (Mosaic)
+  gpu         Pallas kernels for Hopper GPUs (Mosaic GPU), bfloat16
+  xla         blockwise in plain XLA: CPU, and whatever no kernel serves
+  reference   dense, in float32; "auto" takes it for sequences so short that a loop over
+              blocks would only cost
+
+Under a mesh, every device attends for its samples and heads. Where the mesh splits the
+sequence, heads are split over that axis too while attending, so that a device sees the
+whole sequence (Ulysses: Jacobs et al., arXiv 2309.14509); XLA turns the change of layout
+into all-to-all exchanges.
 """
 
 import functools
+import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from videogpt_jax import mask
 from videogpt_jax import sharding
+from videogpt_jax.attention import blocks
+from videogpt_jax.attention import gpu
 from videogpt_jax.attention import reference
+from videogpt_jax.attention import tpu
+from videogpt_jax.attention import tuning
 from videogpt_jax.attention import xla
+from videogpt_jax.attention.gradient import OUTPUT
 
-OUTPUT = xla.OUTPUT
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 _DENSE_PAIRS = 64 * 64  # fewer pairs than this a sample, and dense attention is faster
+_ATTEND = {"xla": xla.attend, "tpu": tpu.attend, "gpu": gpu.attend}
+_ROWS = PartitionSpec(sharding.BATCH_AXES)
+_HEADS = PartitionSpec(sharding.BATCH_AXES, None, sharding.HEAD_AXES)
 
 
-def resolve(implementation: str, length_q: int, length_k: int) -> str:
+def resolve(
+    implementation: str, length_q: int, length_k: int, head_size: int, dtype: Any
+) -> str:
   """The implementation that "auto" stands for; other names are checked.
 
   Raises:
-    ValueError: unknown name.
+    ValueError: unknown name, or a kernel that does not serve this head size or type.
   """
   if implementation == "auto":
-    return "reference" if length_q * length_k < _DENSE_PAIRS else "xla"
+    if length_q * length_k < _DENSE_PAIRS:
+      return "reference"
+    platform = jax.default_backend()
+    if platform == "tpu" and not tpu.problem(head_size, dtype):
+      return "tpu"
+    if platform == "gpu" and gpu.serves(jax.devices()[0]) and not gpu.problem(head_size, dtype):
+      return "gpu"
+    return "xla"
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"unknown attention {implementation!r}; known: auto, "
                      + ", ".join(IMPLEMENTATIONS))
+  for name, kernel in (("tpu", tpu), ("gpu", gpu)):
+    if implementation == name and kernel.problem(head_size, dtype):
+      raise ValueError(f"attention {name!r}: {kernel.problem(head_size, dtype)}; use 'xla'")
   return implementation
 
 
 def plan(
-    ranks_q: mask.Ranks, ranks_k: mask.Ranks, *, frame_tokens: int, implementation: str = "auto"
-) -> mask.BlockMap | None:
+    ranks_q: mask.Ranks,
+    ranks_k: mask.Ranks,
+    *,
+    frame_tokens: int,
+    head_size: int,
+    dtype: Any,
+    implementation: str = "auto",
+) -> blocks.BlockMap | None:
   """The block map for `attend`, shared by all layers; None where none is needed.
 
   Args:
     ranks_q: ranks of the queries.
     ranks_k: ranks of the keys.
-    frame_tokens: S, tokens of a frame block: blocks are whole frames.
+    frame_tokens: S, tokens of a frame block; blocks of the XLA loop are whole frames.
+    head_size: E, of the queries that will attend.
+    dtype: their type.
     implementation: as in `attend`.
   """
-  if resolve(implementation, ranks_q.length, ranks_k.length) == "reference":
+  lengths = ranks_q.length, ranks_k.length
+  name = resolve(implementation, *lengths, head_size, dtype)
+  if name == "reference":
     return None
-  build = functools.partial(
-      mask.block_map,
-      block_q=xla.block_size(ranks_q.length, frame_tokens),
-      block_k=xla.block_size(ranks_k.length, frame_tokens))
-  if sharding.batch_shards() > 1:
-    rows = PartitionSpec(sharding.BATCH_AXES)
-    build = jax.shard_map(build, in_specs=rows, out_specs=rows, check_vma=False)
+  block_q, block_k = tuning.block_sizes(name, *lengths, frame_tokens)
+  build = functools.partial(blocks.block_map, block_q=block_q, block_k=block_k)
+  if sharding.size(*sharding.BATCH_AXES) > 1:  # every device lists its own samples' blocks
+    build = jax.shard_map(build, in_specs=_ROWS, out_specs=_ROWS, check_vma=False)
   return build(ranks_q, ranks_k)
 
 
@@ -64,7 +103,7 @@ def attend(
     v: Float[Array, "B Lk G E"],
     ranks_q: mask.Ranks,
     ranks_k: mask.Ranks,
-    block_map: mask.BlockMap | None,
+    block_map: blocks.BlockMap | None,
     *,
     implementation: str = "auto",
 ) -> Float[Array, "B Lq H E"]:
@@ -80,20 +119,35 @@ def attend(
     ranks_k: ranks of the keys.
     block_map: what `plan` returned for the same ranks and implementation.
     implementation: "auto" or one of `IMPLEMENTATIONS`.
+
+  Raises:
+    ValueError: unknown implementation, one that does not serve this type or head size, a
+      block map missing, or heads that the mesh cannot split.
   """
-  name = resolve(implementation, q.shape[1], k.shape[1])
+  name = resolve(implementation, q.shape[1], k.shape[1], q.shape[3], q.dtype)
   if name == "reference":
     return reference.attend(q, k, v, ranks_q, ranks_k)
   if block_map is None:
     raise ValueError("blockwise attention needs the block map of attention.plan")
-  run = xla.attend
-  if sharding.batch_shards() > 1:
-    # Every device has a worklist of its own samples: a loop over a global one would gather.
-    rows = PartitionSpec(sharding.BATCH_AXES)
-    heads = PartitionSpec(sharding.BATCH_AXES, None, "tensor")
-    run = jax.shard_map(run, in_specs=(heads, heads, heads, rows, rows, rows), out_specs=heads,
-                        check_vma=False)
+  run = _ATTEND[name]
+  if sharding.size(*sharding.BATCH_AXES, *sharding.HEAD_AXES) > 1:
+    k, v = _enough_heads(q.shape[2], k, v)
+    run = jax.shard_map(run, in_specs=(_HEADS, _HEADS, _HEADS, _ROWS, _ROWS, _ROWS),
+                        out_specs=_HEADS, check_vma=False)
   return run(q, k, v, ranks_q, ranks_k, block_map)
+
+
+def _enough_heads(heads: int, k: Array, v: Array) -> tuple[Array, Array]:
+  """Key/value heads repeated until every device of the head axes can have some."""
+  kv_heads, shards = k.shape[2], sharding.size(*sharding.HEAD_AXES)
+  copies = shards // math.gcd(kv_heads, shards)
+  if heads % (kv_heads * copies):
+    raise ValueError(
+        f"{heads} query heads over {kv_heads} key/value heads cannot be split over the "
+        f"{shards} devices of the mesh axes {' and '.join(sharding.HEAD_AXES)}")
+  if copies == 1:
+    return k, v
+  return jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
 
 
 __all__ = ["IMPLEMENTATIONS", "OUTPUT", "attend", "plan", "resolve"]

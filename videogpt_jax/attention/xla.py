@@ -1,9 +1,9 @@
 """Blockwise attention in plain XLA: only live blocks are computed, exactly.
 
-The default wherever no Pallas kernel serves. One loop over the block map's worklist, in
-which the blocks of all samples stand one after the other, so samples whose partition
-leaves less to do cost less. Blocks are whole frames (multiples of S = P + 2 tokens):
-that is where the mask changes, so hardly a block is partial. Memory is O(L).
+The default wherever no Pallas kernel serves. One loop over the block map's query-major list,
+in which the blocks of all samples stand one after the other, so samples whose partition
+leaves less to do cost less. Blocks are whole frames (multiples of S = P + 2 tokens): that
+is where the mask changes, so hardly a block is partial. Memory is O(L).
 
 Forward keeps a running maximum and sum per query row (online softmax); backward
 recomputes the weights of a block from the saved log-sum-exp, in one pass for dq, dk, dv
@@ -19,21 +19,21 @@ from typing import Any
 import einops
 import jax
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from videogpt_jax import mask
+from videogpt_jax.attention import blocks
+from videogpt_jax.attention import gradient
 
-OUTPUT = "attention"  # checkpoint name of what the backward pass needs to not attend again
 _MASKED = -1e30  # finite: a row that has seen nothing yet must not make NaN
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def block_size(length: int, frame_tokens: int, target: int = 64) -> int:
-  """Tokens of a block: whole frames, near `target`, no longer than the sequence."""
-  frames = max(1, min(round(target / frame_tokens), -(-length // frame_tokens)))
-  return frames * frame_tokens
+def block_size(length: int, frame_tokens: int, tokens: int, frames: int) -> int:
+  """Tokens of a block: whole frames, near `tokens`, at most `frames`, no longer than needed."""
+  wanted = min(round(tokens / frame_tokens), frames, -(-length // frame_tokens))
+  return max(1, wanted) * frame_tokens
 
 
 def attend(
@@ -42,32 +42,33 @@ def attend(
     v: Float[Array, "B Lk G E"],
     ranks_q: mask.Ranks,
     ranks_k: mask.Ranks,
-    block_map: mask.BlockMap,
+    block_map: blocks.BlockMap,
 ) -> Float[Array, "B Lq H E"]:
-  """Softmax attention over the live blocks of `block_map`; see `reference.attend`."""
+  """Softmax attention over the live blocks of `block_map`; see `videogpt_jax.attention`."""
   batch, length, heads, size = q.shape
-  q_blocks = _to_blocks(q * size**-0.5, block_map.block_q, k.shape[2])
-  k_blocks, v_blocks = (_to_blocks(x, block_map.block_k, k.shape[2]) for x in (k, v))
-  out = _attend(q_blocks, k_blocks, v_blocks, _rank_blocks(ranks_q, block_map.block_q),
-                _rank_blocks(ranks_k, block_map.block_k), block_map)
-  out = einops.rearrange(out, "(B n) G (R b) E -> B (n b) (G R) E", B=batch,
-                         b=block_map.block_q, R=heads // k.shape[2])
+  block_q, block_k = block_map.block_q, block_map.block_k
+  stacks = (_to_blocks(q * size**-0.5, block_q, k.shape[2]), _to_blocks(k, block_k, k.shape[2]),
+            _to_blocks(v, block_k, k.shape[2]))
+  out = _attend(*stacks, _rank_blocks(ranks_q, block_q), _rank_blocks(ranks_k, block_k),
+                block_map)
+  out = einops.rearrange(out, "(B n) G (R b) E -> B (n b) (G R) E", B=batch, b=block_q,
+                         R=heads // k.shape[2])
   return out[:, :length]
 
 
-@jax.custom_vjp
-def _attend(q: Float[Array, "nq G Rbq E"], k: Float[Array, "nk G bk E"],
-            v: Float[Array, "nk G bk E"], ranks_q: mask.Ranks, ranks_k: mask.Ranks,
-            block_map: mask.BlockMap) -> Float[Array, "nq G Rbq E"]:
-  return _forward(q, k, v, ranks_q, ranks_k, block_map)[0]
-
-
-def _forward(q: Array, k: Array, v: Array, ranks_q: mask.Ranks, ranks_k: mask.Ranks,
-             block_map: mask.BlockMap) -> tuple[Array, Any]:
+def _forward(
+    q: Float[Array, "nq G Rbq E"],
+    k: Float[Array, "nk G bk E"],
+    v: Float[Array, "nk G bk E"],
+    ranks_q: mask.Ranks,
+    ranks_k: mask.Ranks,
+    block_map: blocks.BlockMap,
+) -> tuple[Float[Array, "nq G Rbq E"], Float[Array, "nq G Rbq"]]:
+  work = block_map.by_query
 
   def body(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     out, peak, total = carry
-    i, j, full = _pair(block_map, index)
+    i, j, full = _pair(work, index)
     mask_of = lambda: mask.visible(_at(ranks_q, i), _at(ranks_k, j))
     scores = _masked(_product("Gqe,Gke->Gqk", q[i], k[j]), full, mask_of)
     new_peak = jnp.maximum(peak[i], scores.max(-1))
@@ -80,21 +81,29 @@ def _forward(q: Array, k: Array, v: Array, ranks_q: mask.Ranks, ranks_k: mask.Ra
   rows = q.shape[:-1]
   init = (jnp.zeros(q.shape, jnp.float32), jnp.full(rows, _MASKED / 2, jnp.float32),
           jnp.zeros(rows, jnp.float32))
-  out, peak, total = lax.fori_loop(0, block_map.count[0], body, init)
-  out = (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
-  lse = peak + jnp.log(jnp.where(total > 0, total, 1.0))
-  out, lse = checkpoint_name(out, OUTPUT), checkpoint_name(lse, OUTPUT)
-  return out, (q, k, v, ranks_q, ranks_k, block_map, out, lse)
+  out, peak, total = lax.fori_loop(0, work.starts[-1], body, init)
+  total = jnp.where(total > 0, total, 1.0)
+  return (out / total[..., None]).astype(q.dtype), peak + jnp.log(total)
 
 
-def _backward(residuals: Any, grad: Array) -> tuple[Any, ...]:
+def _backward(
+    q: Float[Array, "nq G Rbq E"],
+    k: Float[Array, "nk G bk E"],
+    v: Float[Array, "nk G bk E"],
+    ranks_q: mask.Ranks,
+    ranks_k: mask.Ranks,
+    block_map: blocks.BlockMap,
+    out: Float[Array, "nq G Rbq E"],
+    lse: Float[Array, "nq G Rbq"],
+    grad: Float[Array, "nq G Rbq E"],
+) -> tuple[Array, Array, Array]:
   """Weights are computed transposed, keys by queries: two of three gradients need them so."""
-  q, k, v, ranks_q, ranks_k, block_map, out, lse = residuals
+  work = block_map.by_query
   delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
   def body(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     dq, dk, dv = carry
-    i, j, full = _pair(block_map, index)
+    i, j, full = _pair(work, index)
     q_i, k_j, v_j, grad_i = q[i], k[j], v[j], grad[i]
     mask_of = lambda: mask.visible(_at(ranks_q, i), _at(ranks_k, j)).T
     scores = _masked(_product("Gke,Gqe->Gkq", k_j, q_i), full, mask_of)
@@ -107,11 +116,11 @@ def _backward(residuals: Any, grad: Array) -> tuple[Any, ...]:
     return _put(dq, i, dq[i] + dq_i), _put(dk, j, dk[j] + dk_j), _put(dv, j, dv[j] + dv_j)
 
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-  dq, dk, dv = lax.fori_loop(0, block_map.count[0], body, zeros)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+  dq, dk, dv = lax.fori_loop(0, work.starts[-1], body, zeros)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-_attend.defvjp(_forward, _backward)
+_attend = gradient.differentiable(_forward, _backward)
 
 
 # Stacks of blocks -------------------------------------------------------------------------
@@ -122,14 +131,14 @@ def _to_blocks(x: Float[Array, "B L H E"], block: int, kv_heads: int) -> Float[A
   return einops.rearrange(x, "B (n b) (G R) E -> (B n) G (R b) E", b=block, G=kv_heads)
 
 
+def _pair(work: blocks.Worklist, index: Array) -> tuple[Array, Array, Array]:
+  """Query block, key block (both counted over the batch) and fullness of an entry."""
+  row, column, full = work.unpack(work.entries[index])
+  return row, row // work.rows * work.columns + column, full
+
+
 def _rank_blocks(ranks: mask.Ranks, block: int) -> mask.Ranks:
   return jax.tree.map(lambda x: x.reshape(-1, block), mask.pad(ranks, block))
-
-
-def _pair(block_map: mask.BlockMap, index: Array) -> tuple[Array, Array, Array]:
-  """Query block, key block (both counted over the whole batch) and fullness of an entry."""
-  sample, i, j, full = block_map.unpack(block_map.pairs[index])
-  return sample * block_map.num_q + i, sample * block_map.num_k + j, full
 
 
 def _at(ranks: mask.Ranks, index: Array) -> mask.Ranks:

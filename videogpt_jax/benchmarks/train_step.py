@@ -124,7 +124,7 @@ def _update(case: Case, mesh: jax.sharding.Mesh):
 
 def _gradients(case: Case, mesh: jax.sharding.Mesh):
   shardings = nn.meta.unbox(step_lib.state_shardings(case.recipe, mesh).params)
-  init = lambda: nn.meta.unbox(step_lib.init_params(case.recipe.model, 0))
+  init = lambda: nn.meta.unbox(model.init_params(case.recipe.model, 0))
   params = jax.jit(init, out_shardings=shardings)()
   keys = objective.row_keys(0, jnp.int32(0), case.latents[0])
   grad = jax.jit(functools.partial(step_lib.gradients, case.recipe))

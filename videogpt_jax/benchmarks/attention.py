@@ -1,0 +1,251 @@
+"""Speed of attention beside its peers: `python -m videogpt_jax.benchmarks.attention`.
+
+    python -m videogpt_jax.benchmarks.attention --case=laptop
+    python -m videogpt_jax.benchmarks.attention --case=stage4     # on an accelerator
+    python -m videogpt_jax.benchmarks.attention --case=stage4 --tune
+
+All peers take turns in one run, so that their ratios do not depend on the machine's mood.
+TFLOP/s count visible pairs only: 4 E H a pair forward, 10 E H backward (five products). The
+result goes to benchmarks/results/ and, as one JSON object, to the last line.
+"""
+
+import datetime
+import functools
+import itertools
+import json
+import pathlib
+import statistics
+import subprocess
+import time
+from typing import Any
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from videogpt_jax import attention
+from videogpt_jax import cli
+from videogpt_jax import layout
+from videogpt_jax import machine
+from videogpt_jax import mask
+from videogpt_jax import sharding
+from videogpt_jax.attention import blocks
+from videogpt_jax.attention import tuning
+from videogpt_jax.benchmarks import peers
+
+# Frames N, patches P, heads H, head size E; laptop: clips of 4, others: a random partition.
+CASES = {
+  "laptop": (16, 64, 6, 64),
+  "stage1": (16, 220, 32, 96),
+  "stage2": (48, 220, 32, 96),
+  "stage4": (80, 220, 32, 96),
+}
+# What --tune tries: blocks of queries, blocks of keys (xla: tokens, most frames of either).
+CANDIDATES = {
+  "xla": ((66, 132, 264, 528, 1024, 2048), (1, 2, 4, 8, 16)),
+  "tpu": ((256, 512, 1024), (256, 512, 1024, 2048)),
+  "gpu": ((128, 192), (64, 96, 128)),
+}
+_RESULTS = pathlib.Path("benchmarks/results")
+
+
+def problem(case: str, mesh: Mesh, seed: int = 0) -> peers.Problem:
+  """Random inputs of a case, heads split over the mesh: float32 on CPU, else bfloat16."""
+  by_head = NamedSharding(mesh, PartitionSpec(None, None, sharding.HEAD_AXES))
+  frames, patches, heads, size = CASES[case]
+  if case == "laptop":
+    # All 2N frame blocks valid, as many tokens as the figures in the literature are for.
+    clip = layout.fixed_partition((4, 4, 4, 4))
+    twice = lambda x: jnp.concatenate([x, x])[None]
+    stream = jnp.repeat(jnp.array([layout.CLEAN, layout.NOISY]), frames)[None]
+    sequence = layout.frame_blocks(stream, twice(clip), twice(jnp.arange(frames)))
+  else:
+    clip = layout.random_partition(jax.random.key(seed), frames)
+    sequence = layout.training(clip[None])
+  ranks = mask.ranks(layout.tokens(sequence, patches))
+  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  keys = jax.random.split(jax.random.key(seed + 1), 4)
+  q, k, v, grad = (
+      jax.device_put(jax.random.normal(key, (1, ranks.length, heads, size), dtype), by_head)
+      for key in keys)
+  return peers.Problem(q, k, v, grad, ranks, patches + layout.MARKERS)
+
+
+def set_up(case: peers.Problem, names: list[str]) -> tuple[dict[str, peers.Runner], dict[str, str]]:
+  """The peers that run here, and why the others do not.
+
+  A peer may fail in any way its library knows, memory before all: that is its result. Ours
+  may not.
+  """
+  runners: dict[str, peers.Runner] = {}
+  missing: dict[str, str] = {}
+  for name in names:
+    try:
+      runner = peers.PEERS[name](case)
+      runner.wait(runner.both())
+      runners[name] = runner
+    except peers.Unsupported as reason:
+      missing[name] = str(reason)
+    except Exception as error:  # any library's
+      if name == "ours":
+        raise
+      missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    print(f"  {name:<28}{missing.get(name, 'ready')}", flush=True)
+  return runners, missing
+
+
+def measure(runners: dict[str, peers.Runner], rounds: int, calls: int
+            ) -> dict[str, dict[str, float]]:
+  """Median seconds of forward, and of forward with backward, of each; they take turns."""
+  seconds: dict[str, dict[str, list[float]]] = {
+      name: {"forward": [], "both": []} for name in runners}
+  for _ in range(rounds):
+    for name, runner in runners.items():
+      for what, call in (("forward", runner.forward), ("both", runner.both)):
+        runner.wait(call())  # warm caches, and nothing of another's still under way
+        began = time.perf_counter()
+        for _ in range(calls):
+          out = call()
+        runner.wait(out)
+        seconds[name][what].append((time.perf_counter() - began) / calls)
+  return {name: {what: statistics.median(times) for what, times in both.items()}
+          for name, both in seconds.items()}
+
+
+def differences(case: peers.Problem, runners: dict[str, peers.Runner]) -> dict[str, float]:
+  """Largest difference of each peer's output from ours where a token sees anything."""
+  seeing = np.asarray(case.ranks.key != jnp.iinfo(jnp.int32).max // 2)[..., None, None]
+  valid = np.asarray(case.ranks.a > -(1 << 29))[..., None, None] & seeing
+  ours = np.where(valid, np.asarray(runners["ours"].forward(), np.float32), 0)
+  found = {}
+  for name, runner in runners.items():
+    if name not in ("ours", "jax_causal"):  # the latter computes something else
+      out = runner.wait(runner.forward())
+      host = out.float().cpu().numpy() if hasattr(out, "cpu") else np.asarray(out, np.float32)
+      found[name] = float(np.abs(np.where(valid, host, 0) - ours).max())
+  return found
+
+
+def report(case_name: str, mesh: Mesh, rounds: int, calls: int, names: list[str]
+           ) -> dict[str, Any]:
+  """Measures a case; see the module."""
+  case = problem(case_name, mesh)
+  batch, length, heads, size = case.q.shape
+  pairs = int(mask.live_pairs(case.ranks).sum())
+  print(f"{case_name}: {length} tokens, {pairs / length**2:.3f} of all pairs visible, "
+        f"{case.q.dtype}", flush=True)
+  runners, missing = set_up(case, names)
+  wrong = differences(case, runners)
+  times = measure(runners, rounds, calls)
+  rate = machine.product_rate(8192 if case.q.dtype == jnp.bfloat16 else 2048, case.q.dtype)
+  table: dict[str, Any] = {}
+  for name, both in times.items():
+    forward, total = (flops * pairs * heads * size / seconds for flops, seconds in
+                      ((4, both["forward"]), (14, both["both"])))
+    table[name] = {
+        "forward_s": both["forward"], "forward_backward_s": both["both"],
+        "forward_tflops": forward / 1e12, "forward_backward_tflops": total / 1e12,
+        "forward_share_of_product_rate": forward / rate,
+        "forward_backward_share_of_product_rate": total / rate,
+        "temporary_mib": runners[name].temporary_mib, "difference_from_ours": wrong.get(name)}
+  implementation = attention.resolve("auto", length, length, size, case.q.dtype)
+  result = {
+      "benchmark": "attention", "case": case_name, "device": jax.devices()[0].device_kind,
+      "implementation": implementation,
+      "block_sizes": tuning.block_sizes(
+          implementation, length, length, case.frame_tokens),
+      "jax": jax.__version__, "dtype": str(case.q.dtype), "batch": batch, "length": length,
+      "heads": heads, "head_size": size, "visible_share": pairs / length**2 / batch,
+      "product_tflops": rate / 1e12, "rounds": rounds, "peers": table, "not_run": missing}
+  for name in ("torch_sdpa", "torch_flex", "jax_dense"):
+    if name in times:
+      for what, key in (("both", "speedup_vs"), ("forward", "forward_speedup_vs")):
+        result[f"{key}_{name}"] = times[name][what] / times["ours"][what]
+  return result
+
+
+def tune(case_name: str, mesh: Mesh, rounds: int, calls: int) -> dict[str, Any]:
+  """Times all block sizes of this device's implementation and keeps the fastest."""
+  case = problem(case_name, mesh)
+  length, size = case.q.shape[1], case.q.shape[3]
+  name = attention.resolve("auto", length, length, size, case.q.dtype)
+  runners: dict[str, peers.Runner] = {}
+  entries: dict[str, tuple[int, ...]] = {}
+  for entry in itertools.product(*CANDIDATES[name]):
+    block_q, block_k = tuning.fitted(name, entry, length, length, case.frame_tokens)
+    label = f"{block_q}x{block_k}"
+    if label in runners:
+      continue  # other entry, same blocks
+    build = functools.partial(blocks.block_map, block_q=block_q, block_k=block_k)
+    try:
+      runner = peers.ours(case, name, build)
+      runner.wait(runner.both())
+    except Exception as error:  # sizes that the compiler or the device refuses
+      print(f"  {label}: {str(error).splitlines()[0][:150]}", flush=True)
+    else:
+      runners[label], entries[label] = runner, entry
+  times = measure(runners, rounds, calls)
+  for label, both in sorted(times.items(), key=lambda item: item[1]["both"]):
+    print(f"  {label:<12}forward {both['forward'] * 1e3:8.3f} ms, with backward "
+          f"{both['both'] * 1e3:8.3f} ms", flush=True)
+  best = min(times, key=lambda key: times[key]["both"])
+  tuning.write(name, jax.devices()[0].device_kind, entries[best])
+  return {"benchmark": "attention_tune", "case": case_name, "implementation": name,
+          "device": jax.devices()[0].device_kind, "best": best, "seconds": times}
+
+
+def _table(result: dict[str, Any]) -> str:
+  lines = [f"  {'':<28}{'forward':>11}{'+ backward':>12}{'TFLOP/s':>10}{'':>9}{'of product':>12}"]
+  for name, row in result["peers"].items():
+    lines.append(
+        f"  {name:<28}{row['forward_s'] * 1e3:8.2f} ms{row['forward_backward_s'] * 1e3:9.2f} ms"
+        f"{row['forward_tflops']:10.3f}{row['forward_backward_tflops']:9.3f}"
+        f"{row['forward_share_of_product_rate']:7.0%}"
+        f"{row['forward_backward_share_of_product_rate']:5.0%}")
+  return "\n".join(lines)
+
+
+def _commit() -> str:
+  done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                        check=False)
+  return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+  """Reads the flags and measures."""
+  f = flags.FLAGS
+  if f.cpu_devices:
+    machine.split_cpu(f.cpu_devices)
+  calls = f.calls or (1 if jax.default_backend() == "cpu" else 10)
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": -1})
+  with sharding.use(mesh):
+    if f.tune:
+      result = tune(f.case, mesh, f.rounds, calls)
+    else:
+      names = ["ours", *(name for name in f.peers if name != "ours")]
+      result = report(f.case, mesh, f.rounds, calls, names)
+      print(_table(result))
+  result |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": _commit()}
+  kind = result["device"].replace(" ", "_").lower()
+  if f.out != "-":
+    out = pathlib.Path(f.out or _RESULTS / f"{result['benchmark']}_{f.case}_{kind}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {out}")
+  print(json.dumps(result))
+
+
+if __name__ == "__main__":
+  flags.DEFINE_enum("case", "laptop", list(CASES), "What to measure.")
+  flags.DEFINE_list("peers", list(peers.PEERS), "Whom to measure beside ours.")
+  flags.DEFINE_integer("rounds", 9, "Turns that each peer gets.", lower_bound=1)
+  flags.DEFINE_integer("calls", 0, "Calls in a turn; 0: 1 on CPU, 10 on accelerators.")
+  flags.DEFINE_bool("tune", False, "Time all block sizes and write the fastest into the table.")
+  flags.DEFINE_integer("cpu_devices", min(2, machine.usable_cores()), "On CPU: devices that the "
+                       "cores and the heads are shared among; 0: leave it to jax.")
+  flags.DEFINE_string("out", "", "Result file, '-' for none; default: in benchmarks/results/.")
+  cli.run(main)
