@@ -22,14 +22,14 @@ def _random_ranks(seed, frames=6, patches=3):
 def _entries(work):
   """(sample, row, column) -> fullness of a worklist, and its order, after checks of its form."""
   starts, partial = np.asarray(work.starts), np.asarray(work.partial)
-  rows, columns, full = (np.asarray(x) for x in work.unpack(work.entries[:starts[-1]]))
+  samples, rows, columns, full = (np.asarray(x) for x in work.unpack(work.entries[:starts[-1]]))
   np.testing.assert_array_equal(work.column(work.entries[:starts[-1]]), columns)
   assert starts[0] == 0 and len(starts) == len(partial) + 1
   found = {}
   for r in range(len(partial)):
     own = slice(starts[r], starts[r + 1])
     assert starts[r] < starts[r + 1], "a row without an entry"
-    assert (rows[own] == r).all()
+    assert (samples[own] * work.rows + rows[own] == r).all()
     split = partial[r] - starts[r]
     assert full[own][:split].all() and not full[own][split:].any()
     for part in (columns[own][:split], columns[own][split:]):

@@ -551,7 +551,14 @@ def test_every_microbatch_divides_among_the_devices(tiny, batch, parts, fits):
   tiny.train.batch_size, tiny.train.accumulation = batch, parts
   mesh = AbstractMesh((4, 2, 1, 1), sharding.AXES)
   if fits:
-    train.check_batch(tiny, mesh)
+    train.check_devices(tiny, mesh)
   else:
     with pytest.raises(InputError, match=f"{batch // parts} rows does not divide among 8 devices"):
-      train.check_batch(tiny, mesh)
+      train.check_devices(tiny, mesh)
+
+
+@pytest.mark.parametrize("name,why", [("tpu", "need a TPU"), ("gpu", "need a Hopper GPU")])
+def test_a_kernel_without_its_device_is_refused(tiny, name, why):
+  tiny.model.attention = name
+  with pytest.raises(InputError, match=rf"config\.model\.attention is '{name}'.*{why}.*use 'auto'"):
+    train.check_devices(tiny, AbstractMesh((1, 1, 1, 1), sharding.AXES))

@@ -120,7 +120,7 @@ def held_out_loss(config: ConfigDict, checkpoints: Sequence[str]) -> dict[str, d
   config_lib.validate(config)
   _, videos = train.open_data(config)
   recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
-  train.check_batch(config, mesh)
+  train.check_devices(config, mesh)
   wanted = step_lib.abstract_state(recipe, mesh).ema
   loss = held_out.Loss(config, recipe, mesh, videos)
   with sharding.use(mesh):

@@ -20,6 +20,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from videogpt_jax import attention
 from videogpt_jax import checkpoint
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
@@ -63,7 +64,7 @@ def train(config: ConfigDict, workdir: str) -> int:
   config_lib.validate(config)
   source, validation = open_data(config)
   recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
-  check_batch(config, mesh)
+  check_devices(config, mesh)
   opened = checkpoint.Checkpoints(
     workdir, keep=config.checkpoint.keep, save_every=config.checkpoint.every
   )
@@ -130,8 +131,11 @@ def open_data(config: ConfigDict) -> tuple[store.Source, store.Source]:
   return splits[0], splits[1]
 
 
-def check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-  """Raises `InputError` unless every microbatch divides among the devices."""
+def check_devices(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Raises `InputError` unless every microbatch divides among the devices, and they can attend."""
+  reason = attention.unavailable(config.model.attention)
+  if reason:
+    raise InputError(f"config.model.attention is {config.model.attention!r}: {reason}; use 'auto'")
   devices = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
   rows = config.train.batch_size // config.train.accumulation
   if rows % devices:

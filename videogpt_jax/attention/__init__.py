@@ -67,6 +67,16 @@ def resolve(
   return implementation
 
 
+def unavailable(implementation: str) -> str:
+  """Why this implementation cannot run on the devices here; empty if it can."""
+  device = jax.devices()[0]
+  if implementation == "tpu" and device.platform != "tpu":
+    return f"its kernels need a TPU, jax runs on {device.platform} here"
+  if implementation == "gpu" and not gpu.serves(device):
+    return f"its kernels need a Hopper GPU (H100, H200), jax runs on {device.device_kind} here"
+  return ""
+
+
 def plan(
     ranks_q: mask.Ranks,
     ranks_k: mask.Ranks,
@@ -150,4 +160,4 @@ def _enough_heads(heads: int, k: Array, v: Array) -> tuple[Array, Array]:
   return jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
 
 
-__all__ = ["IMPLEMENTATIONS", "OUTPUT", "attend", "plan", "resolve"]
+__all__ = ["IMPLEMENTATIONS", "OUTPUT", "attend", "plan", "resolve", "unavailable"]

@@ -33,16 +33,14 @@ class Worklist:
 
   def column(self, entry: Int[Array, "*n"]) -> Int[Array, "*n"]:
     """The column of packed entries, counted within the sample."""
-    return entry & ((1 << self._column_bits) - 1)
+    return entry & ((1 << _bits(self.columns)) - 1)
 
-  def unpack(self, entry: Int[Array, "*n"]) -> tuple[Array, Array, Array]:
-    """Row (over the batch), column (within the sample) and fullness of packed entries."""
-    return (entry >> (self._column_bits + 1), self.column(entry),
-            (entry >> self._column_bits) & 1 == 0)
-
-  @property
-  def _column_bits(self) -> int:
-    return _bits(self.columns)
+  def unpack(self, entry: Int[Array, "*n"]) -> tuple[Array, Array, Array, Array]:
+    """Sample, row and column within it, and fullness of packed entries; without a division."""
+    bits = _bits(self.columns)
+    over = entry >> (bits + 1)
+    sample, row = over >> _bits(self.rows), over & ((1 << _bits(self.rows)) - 1)
+    return sample, row, self.column(entry), (entry >> bits) & 1 == 0
 
 
 @flax.struct.dataclass
@@ -92,13 +90,13 @@ def block_map(
 
 def _worklist(live: Bool[Array, "B rows columns"], full: Bool[Array, "B rows columns"]) -> Worklist:
   batch, rows, columns = live.shape
-  bits = _bits(columns)
-  if batch * rows << (bits + 1) >= 1 << 31:
+  bits, row_bits = _bits(columns), _bits(rows)
+  if batch << (row_bits + bits + 1) >= 1 << 31:
     raise ValueError(f"{batch} samples of {rows} x {columns} blocks do not fit a worklist of "
                      "31-bit entries: choose larger blocks or fewer samples a device")
   live = live.reshape(-1, columns)
   full = full.reshape(-1, columns) & live
-  row = jnp.arange(batch * rows, dtype=jnp.int32)[:, None]
+  row = (jnp.arange(batch, dtype=jnp.int32)[:, None] << row_bits | jnp.arange(rows)).reshape(-1, 1)
   column = jnp.arange(columns, dtype=jnp.int32)
   live |= ~live.any(-1, keepdims=True) & (column == 0)  # every row has an entry
   packed = (row << (bits + 1)) | ((~full).astype(jnp.int32) << bits) | column

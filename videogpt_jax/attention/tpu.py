@@ -56,13 +56,13 @@ class _Step:
 
   def __init__(self, work: blocks.Worklist, entries: Any) -> None:
     step, steps = pl.program_id(1), pl.num_programs(1)
-    row_of = lambda index: work.unpack(entries[index])[0]
-    row, self.column, self.full = work.unpack(entries[step])
-    before, after = jnp.maximum(step - 1, 0), jnp.minimum(step + 1, steps - 1)
-    sample = lambda row: lax.div(row, jnp.int32(work.rows))
-    self.first = (step == 0) | (row_of(before) != row)
-    self.last = (step == steps - 1) | (row_of(after) != row)
-    self.first_of_sample = (step == 0) | (sample(row_of(before)) != sample(row))
+    place = lambda index: work.unpack(entries[index])
+    sample, row, self.column, self.full = place(step)
+    before, after = place(jnp.maximum(step - 1, 0)), place(jnp.minimum(step + 1, steps - 1))
+    differs = lambda other: (other[0] != sample) | (other[1] != row)
+    self.first = (step == 0) | differs(before)
+    self.last = (step == steps - 1) | differs(after)
+    self.first_of_sample = (step == 0) | (before[0] != sample)
 
 
 def _scores(k: Float[Array, "bk E"], q: Float[Array, "E bq"]) -> Float[Array, "bk bq"]:
@@ -184,8 +184,7 @@ class _Specs:
   def __init__(self, work: blocks.Worklist, rows_are_queries: bool, block_map: blocks.BlockMap,
                group: int) -> None:
     def place(step: Array, entries: Any) -> tuple[Array, Array, Array]:
-      row, column, _ = work.unpack(entries[step])
-      sample, row = (f(row, jnp.int32(work.rows)) for f in (lax.div, lax.rem))
+      sample, row, column, _ = work.unpack(entries[step])
       return (sample, row, column) if rows_are_queries else (sample, column, row)
 
     q_at = lambda h, s, e: place(s, e)[1]
@@ -200,7 +199,7 @@ class _Specs:
             ) -> pl.BlockSpec:
     size, at = block
     lead = (None,) if group is None else (None, None)
-    head = lambda h: () if group is None else (lax.div(h, jnp.int32(group)),)
+    head = lambda h: () if group is None else (h if group == 1 else lax.div(h, jnp.int32(group)),)
     if minor:  # the sequence is the last axis
       return pl.BlockSpec((*lead, rows, size), lambda h, s, e: (sample(s, e), *head(h), 0,
                                                                 at(h, s, e)))
@@ -287,7 +286,7 @@ def _backward(q: Array, k: Array, v: Array, ranks_q: mask.Ranks, ranks_k: mask.R
   work = block_map.by_key
   specs = _Specs(work, False, block_map, group)
   whole = pl.BlockSpec((None, None, size, padded_q), lambda h, s, e: (
-      lax.div(work.unpack(e[s])[0], jnp.int32(work.rows)), h, 0, 0))
+      work.unpack(e[s])[0], h, 0, 0))
   # Query heads that share a key/value head are summed up afterwards, so in float32.
   dkv_shape = lambda dtype: jax.ShapeDtypeStruct(
       (batch, heads, padded_k, size), dtype if group == 1 else jnp.float32)

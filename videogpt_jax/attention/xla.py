@@ -133,8 +133,8 @@ def _to_blocks(x: Float[Array, "B L H E"], block: int, kv_heads: int) -> Float[A
 
 def _pair(work: blocks.Worklist, index: Array) -> tuple[Array, Array, Array]:
   """Query block, key block (both counted over the batch) and fullness of an entry."""
-  row, column, full = work.unpack(work.entries[index])
-  return row, row // work.rows * work.columns + column, full
+  sample, row, column, full = work.unpack(work.entries[index])
+  return sample * work.rows + row, sample * work.columns + column, full
 
 
 def _rank_blocks(ranks: mask.Ranks, block: int) -> mask.Ranks:
