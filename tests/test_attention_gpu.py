@@ -68,7 +68,7 @@ def _replacement(eqn):
 
 
 @contextlib.contextmanager
-def simulated(detect_races=False):
+def simulated():
   original = jaxpr_interpret.JaxprInterpreter.interpret
 
   def completed(self, jaxpr, token, *args):
@@ -102,19 +102,18 @@ def simulated(detect_races=False):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(thread_map, "_run_jaxpr", run_once_compiled)
     patch.setattr(jaxpr_interpret.JaxprInterpreter, "interpret", completed)
-    with interpret.force_gpu_interpret_mode(
-        interpret.InterpretGPUParams(detect_races=detect_races)):
+    with interpret.force_gpu_interpret_mode(interpret.InterpretGPUParams()):
       yield
 
 
 # Cases -------------------------------------------------------------------------------------
 
 
-def _ranks(seed, frames=9, patches=20, prefix=3):
+def _ranks(seed, frames=6, patches=20, prefix=3):
   """Two samples: random partitions, unequal lengths, prefixes of different lengths."""
   clip = jax.vmap(lambda k: layout.random_partition(k, frames))(
       jax.random.split(jax.random.key(seed), 2))
-  valid = jnp.arange(frames) < jnp.array([frames, frames - 4])[:, None]
+  valid = jnp.arange(frames) < jnp.array([frames, frames - 2])[:, None]
   tokens = layout.tokens(layout.training(clip, valid), patches, jnp.array([0, prefix]),
                          prefix_size=prefix)
   return mask.ranks(tokens)
@@ -148,8 +147,40 @@ def _compare(ranks_q, ranks_k, inputs, block_q, block_k):
 
 
 @pytest.mark.parametrize("size,heads,kv_heads,block_q,block_k", [
-    (96, 2, 2, 128, 128), (64, 4, 2, 64, 128), (128, 2, 1, 128, 64)])
+    (96, 1, 1, 128, 128), (64, 2, 1, 64, 128), (128, 1, 1, 128, 128)])
 def test_equals_dense_forward_and_backward(size, heads, kv_heads, block_q, block_k):
   ranks = _ranks(size)
-  inputs = _inputs(size, ranks, ranks, heads, kv_heads, size)
-  _compare(ranks, ranks, inputs, block_q, block_k)
+  _compare(ranks, ranks, _inputs(size, ranks, ranks, heads, kv_heads, size), block_q, block_k)
+
+
+def test_other_keys_than_queries():
+  ranks = mask.ranks(layout.tokens(layout.prediction(5, 2, batch=2), 28))
+  ranks_q = jax.tree.map(lambda x: x[:, -70:], ranks)  # the new clip looks at everything
+  _compare(ranks_q, ranks, _inputs(1, ranks_q, ranks, 1, 1, 64), 64, 64)
+
+
+def test_invalid_tokens_reach_nothing_and_get_zeros():
+  ranks = _ranks(0, frames=4)
+  invalid = np.asarray(ranks.key == ranks.key.max())
+  assert invalid.any()
+  *inputs, grad = _inputs(0, ranks, ranks, 1, 1, 64)
+  clean = [jnp.where(invalid[:, :, None, None], 0, x) for x in (*inputs, grad)]
+  poisoned = [jnp.where(invalid[:, :, None, None], 3e38, x) for x in inputs]
+  block_map = blocks.block_map(ranks, ranks, 64, 64)
+  attend = lambda *x: gpu.attend(*x, ranks, ranks, block_map)
+  with simulated():
+    expected = _with_gradients(attend, *clean)
+    ours = _with_gradients(attend, *poisoned, grad)
+  for a, b in zip(ours, expected, strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert (np.asarray(a, np.float32)[invalid] == 0).all()
+
+
+def test_what_the_kernels_do_not_serve_is_told():
+  assert not gpu.problem(96, jnp.bfloat16)
+  assert "float32" in gpu.problem(96, jnp.float32)
+  assert "80" in gpu.problem(80, jnp.bfloat16)
+  ranks = _ranks(0)
+  q, k, v, _ = _inputs(0, ranks, ranks, 1, 1, 64)
+  with pytest.raises(ValueError, match="256 x 128"):
+    gpu.attend(q, k, v, ranks, ranks, blocks.block_map(ranks, ranks, 256, 128))

@@ -28,14 +28,12 @@ from jaxtyping import Array, Float
 from videogpt_jax import mask
 from videogpt_jax.attention import blocks
 from videogpt_jax.attention import gradient
+from videogpt_jax.attention import hopper
 
 HEAD_SIZES = (64, 96, 128)
 BLOCKS = (64, 128)
 
-_ROWS = 64  # of a wgmma, so of a compute warpgroup
 _UNSEEN = -1e20  # maximum of a row that has seen nothing: finite, or it would make NaN
-_SHARED_BYTES = 220 << 10  # of 227 KB; the rest is for ranks, sums and barriers
-_MOST_SLOTS = 4
 _WIDE = 96  # head size above which the backward pass has no registers left to overlap as much
 _Ref = Any
 
@@ -54,103 +52,31 @@ def serves(device: jax.Device) -> bool:
   return getattr(device, "compute_capability", None) == "9.0"
 
 
-# Rings of shared memory -------------------------------------------------------------------
+class _Inputs(NamedTuple):
+  """What the kernels read; lengths are whole blocks."""
 
-
-class _Ring(NamedTuple):
-  """Slots of shared memory that the fetching warpgroup fills and the others read.
-
-  Steps count the slots' uses from 0; step i has slot i modulo their number.
-  """
-
-  buffers: tuple[_Ref, ...]  # [slots, ...] each
-  filled: _Ref  # barriers: all copies of a slot have landed
-  free: _Ref  # barriers: all readers are done with a slot
+  q: Any  # [B, Lq, H, E]
+  k: Any  # [B, Lk, G, E]
+  v: Any  # [B, Lk, G, E]
+  ranks_q: Any  # [B, 3, Lq]: a, lo, hi
+  ranks_k: Any  # [B, Lk]
+  grad: Any = None  # [B, Lq, H, E]
+  stats: Any = None  # [B, H, 2, Lq]: log-sum-exp, and sum of grad * out
 
   @classmethod
-  def of(cls, slots: int, readers: int, *tiles: Any) -> "_Ring":
-    """The types to allocate, from the types of what a slot holds."""
-    return cls(tuple(_each(slots, tile) for tile in tiles),
-               plgpu.Barrier(num_arrivals=len(tiles), num_barriers=slots),
-               plgpu.Barrier(num_arrivals=readers, num_barriers=slots))
-
-  def fill(self, step: Array, *sources: _Ref) -> None:
-    slot = self._slot(step)
-    plgpu.barrier_wait(self.free.at[slot])
-    for source, buffer in zip(sources, self.buffers, strict=True):
-      plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.filled.at[slot])
-
-  def drain(self, steps: Array) -> None:
-    """Waits until everything filled was read."""
-    lax.fori_loop(steps, steps + self._slots,
-                  lambda step, _: plgpu.barrier_wait(self.free.at[self._slot(step)]), None)
-
-  def open(self) -> None:
-    """What every reader does first: all slots are free."""
-    for slot in range(self._slots):
-      plgpu.barrier_arrive(self.free.at[slot])
-
-  def wait(self, step: Array) -> tuple[_Ref, ...]:
-    plgpu.barrier_wait(self.filled.at[self._slot(step)])
-    return self.read(step)
-
-  def read(self, step: Array) -> tuple[_Ref, ...]:
-    """What `wait` gave and `release` has not yet given back."""
-    return tuple(buffer.at[self._slot(step)] for buffer in self.buffers)
-
-  def release(self, step: Array) -> None:
-    plgpu.barrier_arrive(self.free.at[self._slot(step)])
-
-  @property
-  def _slots(self) -> int:
-    return self.filled.shape[0]
-
-  def _slot(self, step: Array) -> Array:
-    return lax.rem(step, jnp.int32(self._slots))
+  def of(cls, q: Array, k: Array, v: Array, ranks_q: mask.Ranks, ranks_k: mask.Ranks,
+         block_map: blocks.BlockMap) -> "_Inputs":
+    block_q, block_k = block_map.block_q, block_map.block_k
+    if not {block_q, block_k} <= set(BLOCKS):
+      raise ValueError(f"attention 'gpu' has no kernel for blocks of {block_q} x {block_k}: both "
+                       f"must be among {', '.join(map(str, BLOCKS))}")
+    ranks_q = mask.pad(ranks_q, block_q)
+    return cls(_padded(q, block_q), _padded(k, block_k), _padded(v, block_k),
+               jnp.stack([ranks_q.a, ranks_q.lo, ranks_q.hi], axis=1),
+               mask.pad(ranks_k, block_k).key)
 
 
-def _each(count: int, memory: Any) -> Any:
-  """The type of `count` pieces of shared memory."""
-  return plgpu.SMEM((count, *memory.shape), memory.dtype, transforms=memory.transforms)
-
-
-def _tile(rows: int, size: int) -> Any:
-  """A [rows, size] operand of wgmma in shared memory."""
-  swizzle = 128 if size % 64 == 0 else 64
-  return plgpu.SMEM((rows, size), jnp.bfloat16, transforms=(
-      plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)))
-
-
-# Rows of the worklist -------------------------------------------------------------------
-
-
-class _Row(NamedTuple):
-  """A row of a worklist, and the steps along it: a block each, or chunks of one."""
-
-  sample: Array
-  block: Array  # within the sample
-  start: Array  # of its entries
-  full: Array  # steps that need no predicate
-  count: Array  # of all steps
-  chunks: int  # of a block
-
-  def column(self, work: Any, step: Array) -> Array:
-    """The chunk, counted within the sample, that a step visits; past the end, the last."""
-    step, chunks = lax.min(step, self.count - 1), jnp.int32(self.chunks)
-    entry = work.entries[self.start + lax.div(step, chunks)]
-    return work.column(entry) * chunks + lax.rem(step, chunks)
-
-
-def _row(work: Any, order: _Ref, length: int, width: int) -> _Row:
-  """The row this block of threads is for, in steps of `width` of `length` tokens."""
-  row, rows, chunks = order[lax.axis_index("row")], jnp.int32(work.rows), length // (
-      work.columns * width)
-  start = work.starts[row]
-  return _Row(lax.div(row, rows), lax.rem(row, rows), start,
-              (work.partial[row] - start) * chunks, (work.starts[row + 1] - start) * chunks, chunks)
-
-
-# Forward ----------------------------------------------------------------------------------
+# Forward --------------------------------------------------------------------------------
 
 
 def _forward(
@@ -161,105 +87,54 @@ def _forward(
     ranks_k: mask.Ranks,
     block_map: blocks.BlockMap,
 ) -> tuple[Float[Array, "B Lq H E"], Float[Array, "B H Lq"]]:
-  """Output and log-sum-exp of base 2."""
-  length, (heads, size) = q.shape[1], q.shape[2:]
-  block_q, block_k = block_map.block_q, block_map.block_k
-  q, k, v = _padded(q, block_q), _padded(k, block_k), _padded(v, block_k)
-  warpgroups = block_q // _ROWS
-  work = block_map.by_query
-  stat = jax.ShapeDtypeStruct((q.shape[0], heads, q.shape[1]), jnp.float32)
-  out, lse = _launch(
-      _forward_kernel, work, heads, warpgroups,
-      out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), stat),
-      scratch_types=(
-          _each(warpgroups, _tile(_ROWS, size)),
-          plgpu.SMEM((warpgroups, 3, _ROWS), jnp.int32),
-          plgpu.SMEM((warpgroups, _ROWS), jnp.float32),
-          plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
-          *_key_rings(block_k, size, warpgroups, tiles=1),
-          plgpu.Barrier(num_barriers=warpgroups),
-      ),
-  )(q, k, v, _stacked(ranks_q, block_q), mask.pad(ranks_k, block_k).key, work, _order(work))
-  return out[:, :length], lse
+  """Output, and log-sum-exp of base 2 of the queries padded to whole blocks."""
+  inputs = _Inputs.of(q, k, v, ranks_q, ranks_k, block_map)
+  batch, length, heads, size = inputs.q.shape
+  warpgroups = block_map.block_q // hopper.ROWS
+  out, lse = hopper.launch(
+      _forward_kernel, inputs, block_map.by_query, heads, warpgroups,
+      loaded=(hopper.tile(hopper.ROWS, size), plgpu.SMEM((3, hopper.ROWS), jnp.int32)),
+      staged=(plgpu.SMEM((hopper.ROWS,), jnp.float32),),
+      rings=_key_rings(block_map.block_k, size, warpgroups, tiles=1, least=2),
+      outputs=(jax.ShapeDtypeStruct(inputs.q.shape, q.dtype),
+               jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)))
+  return out[:, :q.shape[1]], lse
 
 
-def _forward_kernel(q: _Ref, k: _Ref, v: _Ref, ranks_q: _Ref, ranks_k: _Ref,
-                    work: Any, order: _Ref, out: _Ref, lse: _Ref,
-                    tiles: _Ref, ranks: _Ref, stats: _Ref, loaded: _Ref, keys: _Ring, values: _Ring,
-                    turns: _Ref) -> None:
-  warpgroup, head = lax.axis_index("warpgroup"), lax.axis_index("head")
-  warpgroups = tiles.shape[0]
+def _forward_kernel(inputs: _Inputs, rows: hopper.Rows, out: _Ref, lse: _Ref,
+                    memory: hopper.Memory) -> None:
+  keys, values = memory.rings
 
-  @pl.when(warpgroup == warpgroups)
-  def fetch() -> None:
-    _few_registers(warpgroups)
-    row = _row(work, order, k.shape[1], keys.buffers[0].shape[1])
-    _fetch_keys(row, work, lax.div(head, jnp.int32(q.shape[2] // k.shape[2])), k, v, ranks_k,
-                keys, values)
+  def compute(row: hopper.Row, head: Array, tokens: Any, own: hopper.Own) -> None:
+    own.load(inputs.q.at[row.sample, tokens, head], inputs.ranks_q.at[row.sample, :, tokens])
+    q, ranks, stat = own.tiles
+    results = pl.run_scoped(
+        functools.partial(_attend, row, ranks, q, keys, values, own.turns), plgpu.ACC(q.shape))
+    hopper.store(results, (q, stat),
+                 (out.at[row.sample, tokens, head], lse.at[row.sample, head, tokens]))
 
-  @pl.when(warpgroup < warpgroups)
-  def compute() -> None:
-    _many_registers(warpgroups)
-    row = _row(work, order, k.shape[1], keys.buffers[0].shape[1])
-    tile = tiles.at[warpgroup]
-    tokens = pl.ds((row.block * warpgroups + warpgroup) * _ROWS, _ROWS)
-    plgpu.copy_gmem_to_smem(q.at[row.sample, tokens, head], tile, loaded.at[warpgroup])
-    plgpu.copy_gmem_to_smem(ranks_q.at[row.sample, :, tokens], ranks.at[warpgroup],
-                            loaded.at[warpgroup])
-    keys.open()
-    values.open()
-    plgpu.barrier_wait(loaded.at[warpgroup])
-    queries = tuple(_of_rows(ranks.at[warpgroup, i]) for i in range(3))
-    result, statistic = pl.run_scoped(
-        functools.partial(_attend, row, queries, tile, keys, values, _Turns(turns, warpgroup)),
-        plgpu.ACC((_ROWS, q.shape[3])))
-    tile[...] = result.astype(out.dtype)
-    stats.at[warpgroup][...] = statistic
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(tile, out.at[row.sample, tokens, head])
-    plgpu.copy_smem_to_gmem(stats.at[warpgroup], lse.at[row.sample, head, tokens])
-    plgpu.wait_smem_to_gmem(0)
+  hopper.specialize(rows, memory, inputs.k.shape[1],
+                    functools.partial(_fetch_keys, inputs, keys, values), compute)
 
 
-class _Turns(NamedTuple):
-  """Warpgroups issue their products in turn, so that one's softmax meets another's products."""
-
-  barriers: _Ref
-  warpgroup: Array
-
-  def open(self) -> None:
-    last = self.barriers.shape[0] - 1
-    pl.when(self.warpgroup == last)(lambda: plgpu.barrier_arrive(self.barriers.at[0]))
-
-  def wait(self) -> None:
-    plgpu.barrier_wait(self.barriers.at[self.warpgroup])
-
-  def pass_on(self) -> None:
-    following = lax.rem(self.warpgroup + 1, jnp.int32(self.barriers.shape[0]))
-    plgpu.barrier_arrive(self.barriers.at[following])
-
-  def close(self) -> None:
-    pl.when(self.warpgroup == 0)(self.wait)
-
-
-def _attend(row: _Row, queries: Any, q: _Ref, keys: _Ring, values: _Ring, turns: _Turns,
-            out: _Ref) -> tuple[Array, Array]:
+def _attend(row: hopper.Row, ranks: _Ref, q: _Ref, keys: hopper.Ring, values: hopper.Ring,
+            turns: hopper.Turns, out: _Ref) -> tuple[Array, Array]:
   """64 queries over the blocks of their row; the softmax trails the scores by one block."""
-  shape = (_ROWS, keys.buffers[0].shape[1])
+  shape = (hopper.ROWS, keys.buffers[0].shape[1])
   scale = _scale(q)
+  queries = tuple(hopper.of_rows(ranks.at[i]) for i in range(3))
 
   def scores_of(step: Array, masked: bool, update: Callable[[], None] | None = None) -> Array:
     """Scores of block `step`; `update`, the product issued after them, still runs."""
     def issue(scores: _Ref) -> Array:
       k, key_ranks = keys.wait(step)
-      turns.wait()
       plgpu.wgmma(scores, q, k.transpose((1, 0)))
       if update:
         update()
       turns.pass_on()
       result = plgpu.wgmma_accumulator_load(scores, wait_n=1 if update else 0)
       if masked:
-        visible = _visible(queries, _of_columns(key_ranks), shape, query_axis=0)
+        visible = _visible(queries, hopper.of_columns(key_ranks), shape, query_axis=0)
         result = jnp.where(visible, result, -jnp.inf)
       keys.release(step)
       return result
@@ -268,7 +143,7 @@ def _attend(row: _Row, queries: Any, q: _Ref, keys: _Ring, values: _Ring, turns:
   def softmax(scores: Array, peak: Array, total: Array) -> tuple[Array, ...]:
     new_peak = jnp.maximum(peak, scores.max(axis=1) * scale)
     decay = jnp.exp2(peak - new_peak)
-    weights = jnp.exp2(scores * scale - _along(new_peak, shape, 0))
+    weights = jnp.exp2(scores * scale - hopper.along(new_peak, shape, 0))
     return weights, decay, new_peak, total * decay + weights.sum(axis=1)
 
   def block(step: Array, carry: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
@@ -280,28 +155,28 @@ def _attend(row: _Row, queries: Any, q: _Ref, keys: _Ring, values: _Ring, turns:
 
     scores = scores_of(step, masked, update)
     weights, decay, peak, total = softmax(scores, peak, total)
+    turns.wait()
     plgpu.wgmma_wait(0)
     values.release(step - 1)
-    out[...] = out[...] * _along(decay, out.shape, 0)
-    return _now(weights).astype(q.dtype), peak, total
+    out[...] = out[...] * hopper.along(decay, out.shape, 0)
+    return hopper.now(weights).astype(q.dtype), peak, total
 
   turns.open()
-  nothing = plgpu.layout_cast(jnp.full((_ROWS,), 0.0), plgpu.Layout.WGMMA.reduce(1))
-  weights, _, peak, total = softmax(
-      scores_of(jnp.int32(0), True), nothing + _UNSEEN, nothing)
+  nothing = plgpu.layout_cast(jnp.full((hopper.ROWS,), 0.0), plgpu.Layout.WGMMA.reduce(1))
+  weights, _, peak, total = softmax(scores_of(jnp.int32(0), True), nothing + _UNSEEN, nothing)
+  turns.wait()
   weights, peak, total = _over_blocks(
-      row.full, row.count, block, (weights.astype(q.dtype), peak, total))
-  turns.close()
-  v, = values.wait(row.count - 1)
+      row.full, row.steps, block, (weights.astype(q.dtype), peak, total))
+  v, = values.wait(row.steps - 1)
   plgpu.wgmma(out, weights, v)
-  seen = total > 0
-  total = jnp.where(seen, total, 1.0)
-  result = out[...] * _along(1 / total, out.shape, 0)
-  values.release(row.count - 1)
+  turns.close()
+  total = jnp.where(total > 0, total, 1.0)
+  result = out[...] * hopper.along(1 / total, out.shape, 0)
+  values.release(row.steps - 1)
   return result, peak + jnp.log(total) * math.log2(math.e)
 
 
-# Backward ---------------------------------------------------------------------------------
+# Backward -------------------------------------------------------------------------------
 
 
 def _backward(
@@ -315,99 +190,73 @@ def _backward(
     lse: Float[Array, "B H Lq"],
     grad: Float[Array, "B Lq H E"],
 ) -> tuple[Array, Array, Array]:
-  length_q, length_k = q.shape[1], k.shape[1]
-  block_q, block_k = block_map.block_q, block_map.block_k
   delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-  delta = jnp.pad(jnp.swapaxes(delta, 1, 2), [(0, 0), (0, 0), (0, -length_q % block_q)])
-  q, grad = _padded(q, block_q), _padded(grad, block_q)
-  k, v = _padded(k, block_k), _padded(v, block_k)
-  inputs = (q, k, v, grad, jnp.stack([lse, delta], axis=2), _stacked(ranks_q, block_q),
-            mask.pad(ranks_k, block_k).key)
-  dq = _query_gradient(*inputs, block_map.by_query, block_q, block_k)
-  dk, dv = _key_gradients(*inputs, block_map.by_key, block_k)
-  return dq[:, :length_q], dk[:, :length_k], dv[:, :length_k]
+  delta = jnp.swapaxes(_padded(delta, block_map.block_q), 1, 2)
+  inputs = _Inputs.of(q, k, v, ranks_q, ranks_k, block_map)._replace(
+      grad=_padded(grad, block_map.block_q), stats=jnp.stack([lse, delta], axis=2))
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  size, ranks = q.shape[3], lambda *shape: plgpu.SMEM((*shape, hopper.ROWS), jnp.int32)
+  tile, stats = hopper.tile(hopper.ROWS, size), plgpu.SMEM((2, hopper.ROWS), jnp.float32)
+
+  warpgroups = block_map.block_q // hopper.ROWS
+  width = block_map.block_k if size <= _WIDE else hopper.ROWS
+  dq, = hopper.launch(
+      _query_gradient_kernel, inputs, block_map.by_query, q.shape[2], warpgroups,
+      loaded=(tile, tile, stats, ranks(3)),
+      rings=_key_rings(width, size, warpgroups, tiles=2, least=3),
+      outputs=(like(inputs.q),))
+
+  warpgroups = block_map.block_k // hopper.ROWS
+  slots = hopper.slots(2 * block_map.block_k * size, 2 * hopper.ROWS * size, least=3)
+  dk, dv = hopper.launch(
+      _key_gradients_kernel, inputs, block_map.by_key, k.shape[2], warpgroups,
+      loaded=(tile, tile, ranks()),
+      rings=(hopper.Ring.of(slots, warpgroups, tile, tile, stats, ranks(3)),),
+      outputs=(like(inputs.k), like(inputs.v)))
+  return dq[:, :q.shape[1]], dk[:, :k.shape[1]], dv[:, :k.shape[1]]
 
 
-def _query_gradient(q: Array, k: Array, v: Array, grad: Array, stats: Array, ranks_q: Array,
-                    ranks_k: Array, work: blocks.Worklist, block_q: int, block_k: int) -> Array:
-  heads, size = q.shape[2:]
-  warpgroups = block_q // _ROWS
-  return _launch(
-      _query_gradient_kernel, work, heads, warpgroups,
-      out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-      scratch_types=(
-          _each(warpgroups, _tile(_ROWS, size)),
-          _each(warpgroups, _tile(_ROWS, size)),
-          plgpu.SMEM((warpgroups, 2, _ROWS), jnp.float32),
-          plgpu.SMEM((warpgroups, 3, _ROWS), jnp.int32),
-          plgpu.Barrier(num_arrivals=4, num_barriers=warpgroups),
-          *_key_rings(block_k if size <= _WIDE else _ROWS, size, warpgroups, tiles=2),
-          plgpu.Barrier(num_barriers=warpgroups),
-      ),
-  )(q, k, v, grad, stats, ranks_q, ranks_k, work, _order(work))
+def _query_gradient_kernel(inputs: _Inputs, rows: hopper.Rows, dq: _Ref,
+                           memory: hopper.Memory) -> None:
+  keys, values = memory.rings
 
-
-def _query_gradient_kernel(q: _Ref, k: _Ref, v: _Ref, grad: _Ref, stats: _Ref, ranks_q: _Ref,
-                           ranks_k: _Ref, work: Any, order: _Ref, dq: _Ref,
-                           q_tiles: _Ref, grad_tiles: _Ref, stat_tiles: _Ref, ranks: _Ref,
-                           loaded: _Ref, keys: _Ring, values: _Ring, turns: _Ref) -> None:
-  warpgroup, head = lax.axis_index("warpgroup"), lax.axis_index("head")
-  warpgroups = q_tiles.shape[0]
-
-  @pl.when(warpgroup == warpgroups)
-  def fetch() -> None:
-    _few_registers(warpgroups)
-    row = _row(work, order, k.shape[1], keys.buffers[0].shape[1])
-    _fetch_keys(row, work, lax.div(head, jnp.int32(q.shape[2] // k.shape[2])), k, v, ranks_k,
-                keys, values)
-
-  @pl.when(warpgroup < warpgroups)
-  def compute() -> None:
-    _many_registers(warpgroups)
-    row = _row(work, order, k.shape[1], keys.buffers[0].shape[1])
-    tokens = pl.ds((row.block * warpgroups + warpgroup) * _ROWS, _ROWS)
-    for source, tiles in ((q.at[row.sample, tokens, head], q_tiles),
-                          (grad.at[row.sample, tokens, head], grad_tiles),
-                          (stats.at[row.sample, head, :, tokens], stat_tiles),
-                          (ranks_q.at[row.sample, :, tokens], ranks)):
-      plgpu.copy_gmem_to_smem(source, tiles.at[warpgroup], loaded.at[warpgroup])
-    keys.open()
-    values.open()
-    plgpu.barrier_wait(loaded.at[warpgroup])
-    tile = q_tiles.at[warpgroup]
+  def compute(row: hopper.Row, head: Array, tokens: Any, own: hopper.Own) -> None:
+    own.load(*(x.at[row.sample, tokens, head] for x in (inputs.q, inputs.grad)),
+             inputs.stats.at[row.sample, head, :, tokens],
+             inputs.ranks_q.at[row.sample, :, tokens])
+    q, grad, stats, ranks = own.tiles
     result = pl.run_scoped(
-        functools.partial(_differentiate_row, row, ranks.at[warpgroup], stat_tiles.at[warpgroup], tile,
-                          grad_tiles.at[warpgroup], keys, values, _Turns(turns, warpgroup)),
-        plgpu.ACC((_ROWS, q.shape[3])))
-    tile[...] = result.astype(dq.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(tile, dq.at[row.sample, tokens, head])
-    plgpu.wait_smem_to_gmem(0)
+        functools.partial(_differentiate_row, row, q, grad, stats, ranks, keys, values, own.turns),
+        plgpu.ACC(q.shape))
+    hopper.store((result,), (q,), (dq.at[row.sample, tokens, head],))
+
+  hopper.specialize(rows, memory, inputs.k.shape[1],
+                    functools.partial(_fetch_keys, inputs, keys, values), compute)
 
 
-def _differentiate_row(row: _Row, ranks: _Ref, stats: _Ref, q: _Ref, grad: _Ref,
-                       keys: _Ring, values: _Ring, turns: _Turns, dq: _Ref) -> Array:
+def _differentiate_row(row: hopper.Row, q: _Ref, grad: _Ref, stats: _Ref, ranks: _Ref,
+                       keys: hopper.Ring, values: hopper.Ring, turns: hopper.Turns,
+                       dq: _Ref) -> Array:
   """dq of 64 queries; the product with the keys trails by one block."""
-  shape = (_ROWS, keys.buffers[0].shape[1])
+  shape = (hopper.ROWS, keys.buffers[0].shape[1])
 
   def d_scores_of(step: Array, masked: bool, update: Callable[[], None] | None = None) -> Array:
     def issue(scores: _Ref, d_weights: _Ref) -> Array:
       (k, key_ranks), (v,) = keys.wait(step), values.wait(step)
-      turns.wait()
       plgpu.wgmma(scores, q, k.transpose((1, 0)))
       plgpu.wgmma(d_weights, grad, v.transpose((1, 0)))
       if update:
         update()
       turns.pass_on()
       later = 1 if update else 0
-      lse, delta = (_along(_of_rows(stats.at[i]), shape, 0) for i in range(2))
+      lse, delta = (hopper.along(hopper.of_rows(stats.at[i]), shape, 0) for i in range(2))
       weights = jnp.exp2(plgpu.wgmma_accumulator_load(scores, wait_n=1 + later) * _scale(q) - lse)
       result = plgpu.wgmma_accumulator_load(d_weights, wait_n=later)
       values.release(step)
       result = weights * (result - delta)
       if masked:
-        queries = tuple(_of_rows(ranks.at[i]) for i in range(3))
-        visible = _visible(queries, _of_columns(key_ranks), shape, query_axis=0)
+        queries = tuple(hopper.of_rows(ranks.at[i]) for i in range(3))
+        visible = _visible(queries, hopper.of_columns(key_ranks), shape, query_axis=0)
         result = jnp.where(visible, result, 0.0)
       return result
     return pl.run_scoped(issue, plgpu.ACC(shape), plgpu.ACC(shape))
@@ -415,98 +264,64 @@ def _differentiate_row(row: _Row, ranks: _Ref, stats: _Ref, q: _Ref, grad: _Ref,
   def block(step: Array, d_scores: Array, masked: bool) -> Array:
     update = lambda: plgpu.wgmma(dq, d_scores, keys.read(step - 1)[0])
     new = d_scores_of(step, masked, update)
+    turns.wait()
     plgpu.wgmma_wait(0)
     keys.release(step - 1)
-    return _now(new).astype(q.dtype)
+    return hopper.now(new).astype(q.dtype)
 
   turns.open()
   d_scores = d_scores_of(jnp.int32(0), masked=True).astype(q.dtype)
-  d_scores = _over_blocks(row.full, row.count, block, d_scores)
+  turns.wait()
+  d_scores = _over_blocks(row.full, row.steps, block, d_scores)
+  plgpu.wgmma(dq, d_scores, keys.read(row.steps - 1)[0])
   turns.close()
-  plgpu.wgmma(dq, d_scores, keys.read(row.count - 1)[0])
   result = dq[...] * q.shape[1]**-0.5
-  keys.release(row.count - 1)
+  keys.release(row.steps - 1)
   return result
 
 
-def _key_gradients(q: Array, k: Array, v: Array, grad: Array, stats: Array, ranks_q: Array,
-                   ranks_k: Array, work: blocks.Worklist, block_k: int) -> tuple[Array, Array]:
-  kv_heads, size = k.shape[2:]
-  warpgroups = block_k // _ROWS
-  slots = _slots(2 * block_k * size, 2 * _ROWS * size)
-  return _launch(
-      _key_gradients_kernel, work, kv_heads, warpgroups,
-      out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
-      scratch_types=(
-          _each(warpgroups, _tile(_ROWS, size)),
-          _each(warpgroups, _tile(_ROWS, size)),
-          plgpu.SMEM((warpgroups, _ROWS), jnp.int32),
-          plgpu.Barrier(num_arrivals=3, num_barriers=warpgroups),
-          _Ring.of(slots, warpgroups, _tile(_ROWS, size), _tile(_ROWS, size),
-                   plgpu.SMEM((2, _ROWS), jnp.float32), plgpu.SMEM((3, _ROWS), jnp.int32)),
-          plgpu.Barrier(num_barriers=warpgroups),
-      ),
-  )(q, k, v, grad, stats, ranks_q, ranks_k, work, _order(work))
-
-
-def _key_gradients_kernel(q: _Ref, k: _Ref, v: _Ref, grad: _Ref, stats: _Ref,
-                          ranks_q: _Ref, ranks_k: _Ref, work: Any, order: _Ref,
-                          dk: _Ref, dv: _Ref, k_tiles: _Ref, v_tiles: _Ref, ranks: _Ref,
-                          loaded: _Ref, ring: _Ring, turns: _Ref) -> None:
+def _key_gradients_kernel(inputs: _Inputs, rows: hopper.Rows, dk: _Ref, dv: _Ref,
+                          memory: hopper.Memory) -> None:
   """A block of queries is visited in chunks of 64: two accumulators leave no more registers."""
-  warpgroup, kv_head = lax.axis_index("warpgroup"), lax.axis_index("head")
-  warpgroups, group = k_tiles.shape[0], q.shape[2] // k.shape[2]
+  group = inputs.q.shape[2] // inputs.k.shape[2]
+  ring, = memory.rings
 
-  @pl.when(warpgroup == warpgroups)
-  def fetch() -> None:
-    _few_registers(warpgroups)
-    row = _row(work, order, q.shape[1], _ROWS)
-
+  def fetch(row: hopper.Row, kv_head: Array) -> None:
     def step(index: Array, column: Array) -> Array:
-      head = kv_head * group + lax.div(index, row.count)
-      tokens = pl.ds(column * _ROWS, _ROWS)
-      ring.fill(index, q.at[row.sample, tokens, head], grad.at[row.sample, tokens, head],
-                stats.at[row.sample, head, :, tokens], ranks_q.at[row.sample, :, tokens])
-      return row.column(work, lax.rem(index + 1, row.count))
+      head = kv_head * group + lax.div(index, row.steps)
+      tokens = pl.ds(column * hopper.ROWS, hopper.ROWS)
+      ring.fill(index, *(x.at[row.sample, tokens, head] for x in (inputs.q, inputs.grad)),
+                inputs.stats.at[row.sample, head, :, tokens],
+                inputs.ranks_q.at[row.sample, :, tokens])
+      return row.column(lax.rem(index + 1, row.steps))
 
-    lax.fori_loop(0, group * row.count, step, row.column(work, jnp.int32(0)))
-    ring.drain(group * row.count)
+    lax.fori_loop(0, group * row.steps, step, row.column(jnp.int32(0)))
+    ring.drain(group * row.steps)
 
-  @pl.when(warpgroup < warpgroups)
-  def compute() -> None:
-    _many_registers(warpgroups)
-    row = _row(work, order, q.shape[1], _ROWS)
-    tokens = pl.ds((row.block * warpgroups + warpgroup) * _ROWS, _ROWS)
-    tiles = k_tiles.at[warpgroup], v_tiles.at[warpgroup]
-    for source, tile in ((k.at[row.sample, tokens, kv_head], tiles[0]),
-                         (v.at[row.sample, tokens, kv_head], tiles[1]),
-                         (ranks_k.at[row.sample, tokens], ranks.at[warpgroup])):
-      plgpu.copy_gmem_to_smem(source, tile, loaded.at[warpgroup])
-    ring.open()
-    plgpu.barrier_wait(loaded.at[warpgroup])
-    accumulator = plgpu.ACC((_ROWS, k.shape[3]))
+  def compute(row: hopper.Row, kv_head: Array, tokens: Any, own: hopper.Own) -> None:
+    own.load(*(x.at[row.sample, tokens, kv_head] for x in (inputs.k, inputs.v)),
+             inputs.ranks_k.at[row.sample, tokens])
+    accumulator = plgpu.ACC(own.tiles[0].shape)
+    k, v, ranks = own.tiles
     results = pl.run_scoped(
-        functools.partial(_differentiate_column, row, group, ranks.at[warpgroup], *tiles, ring,
-                          _Turns(turns, warpgroup)), accumulator, accumulator)
-    for tile, result in zip(tiles, results, strict=True):
-      tile[...] = result.astype(dk.dtype)
-    plgpu.commit_smem()
-    for tile, target in zip(tiles, (dk, dv), strict=True):
-      plgpu.copy_smem_to_gmem(tile, target.at[row.sample, tokens, kv_head])
-    plgpu.wait_smem_to_gmem(0)
+        functools.partial(_differentiate_column, row, group, k, v, ranks, ring, own.turns),
+        accumulator, accumulator)
+    hopper.store(results, own.tiles[:2], [x.at[row.sample, tokens, kv_head] for x in (dk, dv)])
+
+  hopper.specialize(rows, memory, inputs.q.shape[1], fetch, compute)
 
 
-def _differentiate_column(row: _Row, group: int, key_ranks: _Ref, k: _Ref, v: _Ref, ring: _Ring,
-                          turns: _Turns, dk: _Ref, dv: _Ref) -> tuple[Array, Array]:
+def _differentiate_column(row: hopper.Row, group: int, k: _Ref, v: _Ref, key_ranks: _Ref,
+                          ring: hopper.Ring, turns: hopper.Turns, dk: _Ref, dv: _Ref
+                          ) -> tuple[Array, Array]:
   """dk and dv of 64 keys, all transposed; the products with the queries trail by one chunk."""
-  shape = (_ROWS, _ROWS)
+  shape = (hopper.ROWS, hopper.ROWS)
 
   def weights_of(step: Array, masked: bool, update: Callable[[], None] | None = None
                  ) -> tuple[Array, Array]:
     """Weights and the gradient of the scores of chunk `step`."""
     def issue(scores: _Ref, d_weights: _Ref) -> tuple[Array, Array]:
       q, grad, stats, ranks = ring.wait(step)
-      turns.wait()
       plgpu.wgmma(scores, k, q.transpose((1, 0)))
       plgpu.wgmma(d_weights, v, grad.transpose((1, 0)))
       if update:
@@ -514,13 +329,15 @@ def _differentiate_column(row: _Row, group: int, key_ranks: _Ref, k: _Ref, v: _R
       turns.pass_on()
       later = 2 if update else 0
       weights = plgpu.wgmma_accumulator_load(scores, wait_n=1 + later) * _scale(k)
-      weights = jnp.exp2(weights - _along(_of_columns(stats.at[0]), shape, 1))
-      d_scores = plgpu.wgmma_accumulator_load(d_weights, wait_n=later)
-      d_scores = weights * (d_scores - _along(_of_columns(stats.at[1]), shape, 1))
+      weights = jnp.exp2(weights - hopper.along(hopper.of_columns(stats.at[0]), shape, 1))
       if masked:
-        queries = tuple(_of_columns(ranks.at[i]) for i in range(3))
-        visible = _visible(queries, _of_rows(key_ranks), shape, query_axis=1)
-        weights, d_scores = (jnp.where(visible, x, 0.0) for x in (weights, d_scores))
+        queries = tuple(hopper.of_columns(ranks.at[i]) for i in range(3))
+        visible = _visible(queries, hopper.of_rows(key_ranks), shape, query_axis=1)
+        weights = jnp.where(visible, weights, 0.0)
+      d_scores = plgpu.wgmma_accumulator_load(d_weights, wait_n=later)
+      d_scores = weights * (d_scores - hopper.along(hopper.of_columns(stats.at[1]), shape, 1))
+      if masked:  # what is not visible may be infinite
+        d_scores = jnp.where(weights > 0, d_scores, 0.0)
       return weights, d_scores
     return pl.run_scoped(issue, plgpu.ACC(shape), plgpu.ACC(shape))
 
@@ -534,120 +351,74 @@ def _differentiate_column(row: _Row, group: int, key_ranks: _Ref, k: _Ref, v: _R
     ring.release(step)
 
   def chunk(step: Array, carry: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
-    new = weights_of(step, masked, (lambda: add(step - 1, *carry)) if carry else None)
+    found = weights_of(step, masked, (lambda: add(step - 1, *carry)) if carry else None)
     if carry:
+      turns.wait()
       finish(step - 1)
-    new = tuple(_now(x).astype(k.dtype) for x in new)
-    if carry:
-      return new
-    add(step, *new)
+      return tuple(hopper.now(x).astype(k.dtype) for x in found)
+    add(step, *(x.astype(k.dtype) for x in found))
     finish(step)
+    turns.wait()
     return ()
 
   def head(index: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-    first = index * row.count
-    return _over_blocks(first + row.full, first + row.count, chunk, carry,
+    first = index * row.steps
+    return _over_blocks(first + row.full, first + row.steps, chunk, carry,
                         lax.max(first, jnp.int32(1)) if carry else first)
 
   turns.open()
-  carry = () if k.shape[1] > _WIDE else tuple(
-      x.astype(k.dtype) for x in weights_of(jnp.int32(0), masked=True))
+  carry: tuple[Array, ...] = ()
+  if k.shape[1] <= _WIDE:
+    carry = tuple(x.astype(k.dtype) for x in weights_of(jnp.int32(0), masked=True))
+    turns.wait()
   carry = lax.fori_loop(0, group, head, carry)
-  turns.close()
   if carry:
-    last = group * row.count - 1
+    last = group * row.steps - 1
     add(last, *carry)
     finish(last)
+  turns.close()
   return dk[...] * k.shape[1]**-0.5, dv[...]
 
 
 # Shared by the kernels --------------------------------------------------------------------
 
 
-def _launch(kernel: Callable[..., None], work: blocks.Worklist, heads: int, warpgroups: int,
-            **types: Any) -> Callable[..., Any]:
-  """A block of threads for each head and row: `warpgroups` that compute and one that fetches."""
-  # Rows are the fastest axis, so that those in flight share a head's keys in the L2 cache.
-  return plgpu.kernel(
-      kernel, grid=(heads, work.partial.size), grid_names=("head", "row"),
-      num_threads=warpgroups + 1, thread_name="warpgroup",
-      compiler_params=plgpu.CompilerParams(
-          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane), **types)
-
-
-def _key_rings(block_k: int, size: int, readers: int, tiles: int) -> tuple[_Ring, _Ring]:
-  """Rings of keys with their ranks and of values, beside `tiles` tiles for each reader."""
-  slots = _slots(tiles * readers * _ROWS * size, 2 * block_k * size)
-  return (_Ring.of(slots, readers, _tile(block_k, size), plgpu.SMEM((block_k,), jnp.int32)),
-          _Ring.of(slots, readers, _tile(block_k, size)))
-
-
-def _slots(fixed: int, slot: int) -> int:
-  """How many slots of so many bfloat16 numbers fit, beside what is fixed."""
-  return min(_MOST_SLOTS, (_SHARED_BYTES // 2 - fixed) // slot)
-
-
-def _fetch_keys(row: _Row, work: Any, kv_head: Array, k: _Ref, v: _Ref, ranks_k: _Ref,
-                keys: _Ring, values: _Ring) -> None:
-  """Feeds the rings with the blocks of a row of queries."""
+def _fetch_keys(inputs: _Inputs, keys: hopper.Ring, values: hopper.Ring, row: hopper.Row,
+                head: Array) -> None:
+  """Feeds the rings with the keys and values of a row of queries."""
   width = keys.buffers[0].shape[1]
+  kv_head = lax.div(head, jnp.int32(inputs.q.shape[2] // inputs.k.shape[2]))
 
   def step(index: Array, column: Array) -> Array:
     tokens = pl.ds(column * width, width)
-    keys.fill(index, k.at[row.sample, tokens, kv_head], ranks_k.at[row.sample, tokens])
-    values.fill(index, v.at[row.sample, tokens, kv_head])
-    return row.column(work, index + 1)  # in advance, since global memory is slow
+    keys.fill(index, inputs.k.at[row.sample, tokens, kv_head],
+              inputs.ranks_k.at[row.sample, tokens])
+    values.fill(index, inputs.v.at[row.sample, tokens, kv_head])
+    return row.column(index + 1)  # in advance, since global memory is slow
 
-  lax.fori_loop(0, row.count, step, row.column(work, jnp.int32(0)))
-  keys.drain(row.count)
-  values.drain(row.count)
-
-
-def _few_registers(warpgroups: int) -> None:
-  if warpgroups > 1:
-    plgpu.set_max_registers(24, action="decrease")
+  lax.fori_loop(0, row.steps, step, row.column(jnp.int32(0)))
+  keys.drain(row.steps)
+  values.drain(row.steps)
 
 
-def _many_registers(warpgroups: int) -> None:
-  if warpgroups > 1:
-    plgpu.set_max_registers(240, action="increase")
-
-
-def _of_rows(ref: _Ref) -> Array:
-  """Loads one number for each row of a product."""
-  return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(1))
-
-
-def _of_columns(ref: _Ref) -> Array:
-  """Loads one number for each column of a product."""
-  return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(0))
-
-
-def _along(x: Array, shape: tuple[int, ...], axis: int) -> Array:
-  return lax.broadcast_in_dim(x, shape, (axis,))
+def _key_rings(width: int, size: int, readers: int, tiles: int, least: int
+               ) -> tuple[hopper.Ring, hopper.Ring]:
+  """Rings of keys with their ranks and of values, beside `tiles` tiles for each reader."""
+  slots = hopper.slots(tiles * readers * hopper.ROWS * size, 2 * width * size, least)
+  tile, ranks = hopper.tile(width, size), plgpu.SMEM((width,), jnp.int32)
+  return hopper.Ring.of(slots, readers, tile, ranks), hopper.Ring.of(slots, readers, tile)
 
 
 def _visible(queries: Any, keys: Array, shape: tuple[int, ...], query_axis: int) -> Array:
   """`mask.visible` for ranks in registers."""
-  a, lo, hi = (_along(x, shape, query_axis) for x in queries)
-  key = _along(keys, shape, 1 - query_axis)
+  a, lo, hi = (hopper.along(x, shape, query_axis) for x in queries)
+  key = hopper.along(keys, shape, 1 - query_axis)
   return (key <= a) | ((lo <= key) & (key <= hi))
 
 
 def _padded(x: Array, block: int) -> Array:
   extra = -x.shape[1] % block
-  return jnp.pad(x, [(0, 0), (0, extra), (0, 0), (0, 0)]) if extra else x
-
-
-def _stacked(ranks: mask.Ranks, block: int) -> Array:
-  """Ranks of queries as [B, 3, L], L whole blocks."""
-  ranks = mask.pad(ranks, block)
-  return jnp.stack([ranks.a, ranks.lo, ranks.hi], axis=1)
-
-
-def _order(work: blocks.Worklist) -> Array:
-  """The rows, in the order to start them: none that takes long is left for the end."""
-  return jnp.argsort(work.starts[:-1] - work.starts[1:]).astype(jnp.int32)
+  return jnp.pad(x, [(0, 0), (0, extra), *[(0, 0)] * (x.ndim - 2)]) if extra else x
 
 
 def _over_blocks(full: Array, end: Array, block: Callable[..., Any], carry: Any,
@@ -657,11 +428,6 @@ def _over_blocks(full: Array, end: Array, block: Callable[..., Any], carry: Any,
   full = lax.max(start, full)
   carry = lax.fori_loop(start, full, functools.partial(block, masked=False), carry)
   return lax.fori_loop(full, end, functools.partial(block, masked=True), carry)
-
-
-def _now(x: Array) -> Array:
-  """`x`, no earlier than what is above: registers that products read must not change before."""
-  return lax.optimization_barrier(x)
 
 
 def _scale(q: _Ref) -> float:
