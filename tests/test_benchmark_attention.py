@@ -1,0 +1,83 @@
+"""The benchmark of attention: its peers compute the same, its table of block sizes is used."""
+
+import json
+
+import jax
+import pytest
+
+from videogpt_jax import sharding
+from videogpt_jax.attention import tuning
+from videogpt_jax.benchmarks import attention as benchmark
+from videogpt_jax.benchmarks import peers
+
+
+@pytest.fixture(name="mesh")
+def _mesh():
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": -1})
+  with sharding.use(mesh):
+    yield mesh
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch, tmp_path):
+  """A case of 3 ms, and a table of block sizes of its own."""
+  monkeypatch.setitem(benchmark.CASES, "stage1", (6, 20, 2, 32))
+  table = tmp_path / "block_sizes.json"
+  table.write_text(tuning.TABLE.read_text())
+  monkeypatch.setattr(tuning, "TABLE", table)
+
+
+def test_peers_agree_and_the_report_says_who_did_not_run(mesh, capsys):
+  names = ["ours", "jax_dense", "jax_dot_product_attention", "jax_causal", "splash"]
+  result = benchmark.report("stage1", mesh, rounds=1, calls=1, names=names)
+  table = result["peers"]
+  assert set(table) == {"ours", "jax_dense", "jax_dot_product_attention", "jax_causal"}
+  assert result["not_run"] == {"splash": "needs a TPU"}
+  for name in ("jax_dense", "jax_dot_product_attention"):
+    assert table[name]["difference_from_ours"] < 1e-5
+  # TFLOP/s are of visible pairs: 4 E H of them forward, 14 E H with backward.
+  pairs = result["visible_share"] * result["length"] ** 2
+  for row in table.values():
+    assert row["forward_tflops"] * row["forward_s"] * 1e12 == pytest.approx(4 * pairs * 64)
+    total = row["forward_backward_tflops"] * row["forward_backward_s"] * 1e12
+    assert total == pytest.approx(14 * pairs * 64)
+  assert result["speedup_vs_jax_dense"] == (
+      table["jax_dense"]["forward_backward_s"] / table["ours"]["forward_backward_s"])
+  json.dumps(result)
+  assert "needs a TPU" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_reported_and_ours_is_not_forgiven(mesh, monkeypatch):
+  def broken(problem):
+    raise RuntimeError("out of memory")
+
+  monkeypatch.setitem(peers.PEERS, "jax_dense", broken)
+  result = benchmark.report("stage1", mesh, rounds=1, calls=1, names=["ours", "jax_dense"])
+  assert result["not_run"]["jax_dense"] == "RuntimeError: out of memory"
+  monkeypatch.setitem(peers.PEERS, "ours", broken)
+  with pytest.raises(RuntimeError, match="out of memory"):
+    benchmark.report("stage1", mesh, rounds=1, calls=1, names=["ours"])
+
+
+def test_tuning_writes_the_fastest_sizes_for_this_device(mesh, monkeypatch):
+  monkeypatch.setitem(benchmark.CANDIDATES, "xla", ((22, 44), (1, 2)))
+  times = {"22x22": {"forward": 1.0, "both": 3.0}, "44x44": {"forward": 2.0, "both": 2.5}}
+  seen = []
+  monkeypatch.setattr(benchmark, "measure", lambda runners, *_: seen.extend(runners) or times)
+  result = benchmark.tune("stage1", mesh, rounds=1, calls=1)
+  assert sorted(seen) == ["22x22", "44x44"]  # each once, though three entries mean the first
+  assert result["best"] == "44x44"
+  kind = jax.devices()[0].device_kind
+  table = json.loads(tuning.TABLE.read_text())
+  assert table["xla"][kind] == [44, 2]
+  assert set(table) == {"xla", "tpu", "gpu"}
+  assert tuning.block_sizes("xla", 1000, 30, 22) == (44, 44)
+
+
+@pytest.mark.parametrize("name,entry,lengths,sizes", [
+  ("xla", (264, 4), (2000, 2000), (264, 264)),
+  ("xla", (264, 4), (2000, 66), (264, 66)),
+  ("tpu", (512, 1024), (35_298, 700), (512, 768)),
+  ("gpu", (128, 128), (40, 4000), (128, 128))])
+def test_blocks_are_no_longer_than_their_sequence(name, entry, lengths, sizes):
+  assert tuning.fitted(name, entry, *lengths, frame_tokens=66) == sizes
