@@ -140,8 +140,11 @@ def report(case_name: str, mesh: Mesh, rounds: int, calls: int, names: list[str]
         f"{case.q.dtype}", flush=True)
   runners, missing = set_up(case, names)
   wrong = differences(case, runners)
+  product = lambda: machine.product_rate(
+      8192 if case.q.dtype == jnp.bfloat16 else 2048, case.q.dtype)
+  before = product()
   times = measure(runners, rounds, calls)
-  rate = machine.product_rate(8192 if case.q.dtype == jnp.bfloat16 else 2048, case.q.dtype)
+  rate = max(before, product())  # a machine that others use, too, is slower at times
   table: dict[str, Any] = {}
   for name, both in times.items():
     forward, total = (flops * pairs * heads * size / seconds for flops, seconds in
