@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 VENV ?= .venv
 RUN := $(abspath $(VENV))/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check
+WORKERS ?= 2
 DEMO := --config=configs/tiny.py
 
 .PHONY: demo test soak lint
@@ -16,8 +17,9 @@ demo: $(VENV)/.installed-demo
 	$(RUN)/python -m videogpt_jax.main $(DEMO) --workdir=runs/tiny
 	$(RUN)/python -m videogpt_jax.evaluate --checkpoint=runs/tiny --out=runs/tiny
 
+# A file's tests stay in one process: they share what took long to make.
 test: lint
-	$(RUN)/python -m pytest -q
+	$(RUN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore=tests/aot
 
 # Twenty interrupted and resumed runs, and whatever else takes too long for every day.
 soak: $(VENV)/.installed-dev

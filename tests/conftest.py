@@ -24,8 +24,14 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory) -> None:
-  """Tests, and the commands that they start, compile the same program once a session."""
-  folder = str(tmp_path_factory.mktemp("compiled_programs"))
+  """Tests, and the commands that they start, compile the same program once a session.
+
+  In all worker processes of pytest-xdist together: their folders lie in the session's.
+  """
+  base = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    base = base.parent
+  folder = str(base / "compiled_programs")
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
