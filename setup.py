@@ -56,8 +56,10 @@ setuptools.setup(
     "hf": ["huggingface_hub>=0.30"],
     # Peers to measure against.
     "bench": ["diffusers>=0.33", "torch>=2.6"],
-    # Compilers for TPU and CUDA on a machine that has neither; the last one carries ptxas.
-    "aot": [f"jax[tpu]{_JAX}", f"jax[cuda13-local]{_JAX}", "nvidia-cuda-nvcc>=13,<14"],
+    # Compilers for TPU and CUDA on a machine that has neither, for `make aot`; ptxas is in nvcc.
+    # No CUDA libraries: nothing runs.
+    "aot": [f"jax[tpu]{_JAX}", f"jax[cuda13-local]{_JAX}", "nvidia-cuda-nvcc>=13,<14",
+            "pytest>=8.3"],
     # Everything that `make test` runs.
     "dev": [
       *_DEMO,

@@ -69,9 +69,10 @@ def test_tuning_writes_the_fastest_sizes_for_this_device(mesh, monkeypatch):
   assert result["best"] == "44x44"
   kind = jax.devices()[0].device_kind
   table = json.loads(tuning.TABLE.read_text())
-  assert table["xla"][kind] == [44, 2]
+  assert table["xla"][f"{kind}/32"] == [44, 2]
   assert set(table) == {"xla", "tpu", "gpu"}
-  assert tuning.block_sizes("xla", 1000, 30, 22) == (44, 44)
+  assert tuning.block_sizes("xla", 1000, 30, 22, 32) == (44, 44)
+  assert tuning.block_sizes("xla", 1000, 1000, 22, 64) == (88, 88)  # another head size's line
 
 
 @pytest.mark.parametrize("name,entry,lengths,sizes", [

@@ -198,9 +198,11 @@ class VideoGPT(nn.Module):
     if prefix is not None:
       x_BLD = jnp.concatenate([prefix.embeddings.astype(x_BLD.dtype), x_BLD], axis=1)
     prefix_size = 0 if prefix is None else prefix.embeddings.shape[1]
-    # A mesh that splits the sequence wants as many tokens for each device.
+    # A mesh that splits the sequence wants as many tokens for each device, in whole tiles of
+    # memory (libtpu 0.0.42 fails on odd numbers).
+    shards = sharding.size("sequence")
     tokens = layout.tokens(blocks, patches, None if prefix is None else prefix.length,
-                           prefix_size=prefix_size, multiple=sharding.size("sequence"))
+                           prefix_size=prefix_size, multiple=16 * shards if shards > 1 else 1)
     length, whole = x_BLD.shape[1], tokens.position.shape[1]
     x_BLD = jnp.pad(x_BLD, [(0, 0), (0, whole - length), (0, 0)])
     ranks = mask.ranks(tokens)

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -51,7 +52,9 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
       f"a mesh of {' x '.join(f'{a}={n}' for a, n in zip(AXES, shape, strict=True))} needs "
       f"{math.prod(shape)} devices, there are {devices}"
     )
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  # A slice of a pod is a torus of two or three axes: one of them may serve several of ours.
+  placed = mesh_utils.create_device_mesh(shape, allow_split_physical_axes=True)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def plan(
   name = resolve(implementation, *lengths, head_size, dtype)
   if name == "reference":
     return None
-  block_q, block_k = tuning.block_sizes(name, *lengths, frame_tokens)
+  block_q, block_k = tuning.block_sizes(name, *lengths, frame_tokens, head_size)
   build = functools.partial(blocks.block_map, block_q=block_q, block_k=block_k)
   if sharding.size(*sharding.BATCH_AXES) > 1:  # every device lists its own samples' blocks
     build = jax.shard_map(build, in_specs=_ROWS, out_specs=_ROWS, check_vma=False)

@@ -43,7 +43,7 @@ def problem(head_size: int, dtype: Any) -> str:
   """Why the kernels do not serve such heads; empty if they do."""
   if head_size % 32 or head_size > 256:
     return f"head size {head_size} is not a multiple of 32 up to 256"
-  if dtype not in (jnp.bfloat16, jnp.float32):
+  if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
     return f"the type {jnp.dtype(dtype)} is neither bfloat16 nor float32"
   return ""
 

@@ -1,8 +1,8 @@
 """Block sizes: a small table, a line for each device kind, that `--tune` writes.
 
 `python -m videogpt_jax.benchmarks.attention --tune` measures on the device it runs on and
-puts the fastest sizes into block_sizes.json, under the implementation and the device kind.
-A device that has no line of its own takes the implementation's default.
+puts the fastest sizes into block_sizes.json, under the implementation, the device kind and
+the head size. A device that has no line of its own takes the implementation's default.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ TABLE = pathlib.Path(__file__).parent / "block_sizes.json"
 
 
 def block_sizes(
-    implementation: str, length_q: int, length_k: int, frame_tokens: int
+    implementation: str, length_q: int, length_k: int, frame_tokens: int, head_size: int
 ) -> tuple[int, int]:
   """Tokens of a block of queries and of one of keys.
 
@@ -28,10 +28,13 @@ def block_sizes(
     length_q: queries of a sample.
     length_k: keys of a sample.
     frame_tokens: S, tokens of a frame block.
+    head_size: E.
   """
-  sizes = json.loads(TABLE.read_text())[implementation]
-  return fitted(implementation, sizes.get(jax.devices()[0].device_kind, sizes["default"]),
-                length_q, length_k, frame_tokens)
+  lines = json.loads(TABLE.read_text())[implementation]
+  kind = jax.devices()[0].device_kind
+  names = (f"{kind}/{head_size}", kind, f"default/{head_size}", "default")
+  entry = next(lines[name] for name in names if name in lines)
+  return fitted(implementation, entry, length_q, length_k, frame_tokens)
 
 
 def fitted(implementation: str, entry: Sequence[int], length_q: int, length_k: int,
@@ -50,10 +53,10 @@ def fitted(implementation: str, entry: Sequence[int], length_q: int, length_k: i
   return block_q, block_k
 
 
-def write(implementation: str, device_kind: str, entry: Sequence[int]) -> None:
+def write(implementation: str, device_kind: str, head_size: int, entry: Sequence[int]) -> None:
   """Puts an entry, as in `fitted`, into the table, whole or not at all."""
   table = json.loads(TABLE.read_text())
-  table[implementation][device_kind] = list(entry)
+  table[implementation][f"{device_kind}/{head_size}"] = list(entry)
   lines = ",\n".join(f'  {json.dumps(name)}: {json.dumps(rows)}' for name, rows in table.items())
   temporary = TABLE.with_suffix(".tmp")
   temporary.write_text(f"{{\n{lines}\n}}\n")

@@ -160,7 +160,7 @@ def report(case_name: str, mesh: Mesh, rounds: int, calls: int, names: list[str]
       "benchmark": "attention", "case": case_name, "device": jax.devices()[0].device_kind,
       "implementation": implementation,
       "block_sizes": tuning.block_sizes(
-          implementation, length, length, case.frame_tokens),
+          implementation, length, length, case.frame_tokens, size),
       "jax": jax.__version__, "dtype": str(case.q.dtype), "batch": batch, "length": length,
       "heads": heads, "head_size": size, "visible_share": pairs / length**2 / batch,
       "product_tflops": rate / 1e12, "rounds": rounds, "peers": table, "not_run": missing}
@@ -196,7 +196,7 @@ def tune(case_name: str, mesh: Mesh, rounds: int, calls: int) -> dict[str, Any]:
     print(f"  {label:<12}forward {both['forward'] * 1e3:8.3f} ms, with backward "
           f"{both['both'] * 1e3:8.3f} ms", flush=True)
   best = min(times, key=lambda key: times[key]["both"])
-  tuning.write(name, jax.devices()[0].device_kind, entries[best])
+  tuning.write(name, jax.devices()[0].device_kind, size, entries[best])
   return {"benchmark": "attention_tune", "case": case_name, "implementation": name,
           "device": jax.devices()[0].device_kind, "best": best, "seconds": times}
 

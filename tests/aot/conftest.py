@@ -1,0 +1,41 @@
+"""A compiler for the target at hand, or why there is none."""
+
+import os
+
+import compiling
+import hardware
+import pytest
+
+
+@pytest.fixture(scope="session")
+def compilers():
+  """The compiler of a target by name; one process at a time."""
+  current = {}
+
+  def compiler(name):
+    if name not in current:
+      for other in current.values():
+        other.close()
+      current.clear()
+      current[name] = compiling.Compiler(hardware.TARGETS[name])
+    return current[name]
+
+  yield compiler
+  for last in current.values():
+    last.close()
+
+
+@pytest.fixture
+def compile_for(compilers):
+  """A function (target's name, program) -> report; skips where the toolchain is missing.
+
+  With VIDEOGPT_AOT=required in the environment it fails instead.
+  """
+  def run(name, program):
+    missing = hardware.missing(hardware.TARGETS[name].platform)
+    if missing:
+      reason = f"no compiler for {name}: {missing} missing; pip install -e '.[aot]'"
+      (pytest.fail if os.environ.get("VIDEOGPT_AOT") == "required" else pytest.skip)(reason)
+    return compilers(name)(program)
+
+  return run

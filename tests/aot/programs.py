@@ -1,0 +1,105 @@
+"""What is compiled: attention alone, and the train step's gradients of a model of one layer."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from videogpt_jax import attention
+from videogpt_jax import backbone
+from videogpt_jax import codec
+from videogpt_jax import layout
+from videogpt_jax import mask
+from videogpt_jax import model
+from videogpt_jax import objective
+from videogpt_jax import sharding
+from videogpt_jax import step
+
+ONE = (1, 1, 1, 1)  # a mesh of one chip
+ALL_AXES = (2, 2, 2, 2)  # one that splits everything
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """Attention with ranks and block map made inside, of samples in the layout of training.
+
+  Defaults are the published model at its full size: 35,298 tokens.
+  """
+
+  gradient: bool = False
+  batch: int = 1
+  frames: int = 80
+  patches: int = 220
+  heads: int = 32
+  kv_heads: int = 32
+  head_size: int = 96
+  dtype: str = "bfloat16"
+  mesh: tuple[int, ...] = ONE
+
+  def build(self, name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The function, attending by implementation `name`, and the shapes of its arguments."""
+    function = functools.partial(_attend, self.patches, name)
+    if self.gradient:
+      function = functools.partial(_loss_and_gradients, function)
+    frame = self.patches + layout.MARKERS
+    length = (2 * self.frames - 1) * frame
+    length += -length % mesh.shape["sequence"]
+    rows = functools.partial(NamedSharding, mesh)
+    shape = lambda heads: jax.ShapeDtypeStruct(
+        (self.batch, length, heads, self.head_size), jnp.dtype(self.dtype),
+        sharding=rows(PartitionSpec(sharding.BATCH_AXES, "sequence", "tensor")))
+    clip = jax.ShapeDtypeStruct((self.batch, self.frames), jnp.int32,
+                                sharding=rows(PartitionSpec(sharding.BATCH_AXES)))
+    return function, (clip, shape(self.heads), shape(self.kv_heads), shape(self.kv_heads))
+
+
+def _attend(patches, name, clip, q, k, v):
+  tokens = layout.tokens(layout.training(clip), patches, multiple=sharding.size("sequence"))
+  ranks = mask.ranks(tokens)
+  block_map = attention.plan(ranks, ranks, frame_tokens=patches + layout.MARKERS,
+                             head_size=q.shape[-1], dtype=q.dtype, implementation=name)
+  return attention.attend(q, k, v, ranks, ranks, block_map, implementation=name)
+
+
+def _loss_and_gradients(function, clip, *inputs):
+  loss = lambda *inputs: jnp.square(function(clip, *inputs).astype(jnp.float32)).sum()
+  return jax.value_and_grad(loss, argnums=(0, 1, 2))(*inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """Loss and gradients of a whole model with one layer, otherwise as large as the published."""
+
+  batch: int = 1
+  frames: int = 80
+  mesh: tuple[int, ...] = ONE
+  head_size: int = 96
+  dtype: str = "bfloat16"
+
+  def build(self, name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """As in `Attention`; the latents have 22 x 40 cells, so a frame has 220 patches."""
+    stack = backbone.Config(
+        hidden_size=32 * self.head_size, intermediate_size=8192, num_layers=1, num_heads=32,
+        num_kv_heads=32, dtype=jnp.dtype(self.dtype), attention=name, remat="full")
+    pixels = codec.Pixels(block=2)
+    recipe = step.Recipe(
+        model=model.Config(backbone=stack, channels=pixels.channels), codec=pixels,
+        objective=objective.next_clip(objective.random_partition),
+        optimizer=step.OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1))
+    stored = jax.ShapeDtypeStruct((self.batch, self.frames, 22, 40, pixels.channels),
+                                  pixels.dtype, sharding=sharding.rows(mesh))
+
+    def function(params, stored):
+      keys = objective.row_keys(0, jnp.int32(0), self.batch)
+      return step.gradients(recipe, params, keys, stored)
+
+    return function, (step.abstract_state(recipe, mesh).params, stored)
+
+
+Program = Attention | Layer
