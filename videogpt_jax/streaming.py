@@ -115,10 +115,17 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
   def __init__(self, **options: Any) -> None:
     super().__init__(**options)
     self._one_at_a_time = asyncio.Semaphore(1)
+    self._failed = False
 
   async def _open_and_write(self, value: _Lazy, tspec: dict[str, Any],
                             ts_context: ts.Context) -> None:
     async with self._one_at_a_time:
-      stored = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-      for index, piece in value.pieces():
-        await stored[index].write(piece)
+      if self._failed:
+        return  # the loop is about to close; a file begun now would outlive the folder's removal
+      try:
+        stored = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        for index, piece in value.pieces():
+          await stored[index].write(piece)
+      except BaseException:
+        self._failed = True
+        raise
