@@ -13,9 +13,7 @@ from videogpt_jax.benchmarks import peers
 
 @pytest.fixture(name="mesh")
 def _mesh():
-  mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": -1})
-  with sharding.use(mesh):
-    yield mesh
+  return sharding.make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": -1})
 
 
 @pytest.fixture(autouse=True)
