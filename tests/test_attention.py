@@ -303,3 +303,22 @@ def test_unknown_implementation_missing_map_and_wrong_type_are_refused():
     attention.attend(q, k, v, ranks, ranks, None, implementation="xla")
   with pytest.raises(ValueError, match=r"'tpu': head size 8 is not a multiple of 32.*use 'xla'"):
     attention.attend(q, k, v, ranks, ranks, None, implementation="tpu")
+
+
+def test_a_block_map_of_other_tokens_is_refused():
+  """It would read past the end, or wait for blocks that never come."""
+  ranks, other = _ranks(0, frames=6), _ranks(0, frames=3)
+  plan = lambda a, b: attention.plan(a, b, frame_tokens=6, head_size=8, dtype=jnp.float32,
+                                     implementation="xla")
+  q, k, v, _ = _inputs(0, ranks, ranks, 2, 2)
+  run = lambda a, b, block_map, k=k, v=v: attention.attend(q, k, v, a, b, block_map,
+                                                           implementation="xla")
+  first = lambda x: jax.tree.map(lambda y: y[:1], x)
+  for block_map in (plan(other, ranks), plan(ranks, other), plan(first(ranks), first(ranks))):
+    with pytest.raises(ValueError, match="planned for other lengths or another batch"):
+      run(ranks, ranks, block_map)
+  with pytest.raises(ValueError, match="ranks of keys are of"):
+    run(ranks, other, plan(ranks, ranks))
+  q, k, v, _ = _inputs(0, ranks, ranks, 3, 2)
+  with pytest.raises(ValueError, match="3 query heads do not divide among 2"):
+    attention.attend(q, k, v, ranks, ranks, plan(ranks, ranks), implementation="xla")

@@ -139,12 +139,28 @@ def attend(
     return reference.attend(q, k, v, ranks_q, ranks_k)
   if block_map is None:
     raise ValueError("blockwise attention needs the block map of attention.plan")
+  _check(q, k, ranks_q, ranks_k, block_map)
   run = _ATTEND[name]
   if sharding.size(*sharding.BATCH_AXES, *sharding.HEAD_AXES) > 1:
     k, v = _enough_heads(q.shape[2], k, v)
     run = jax.shard_map(run, in_specs=(_HEADS, _HEADS, _HEADS, _ROWS, _ROWS, _ROWS),
                         out_specs=_HEADS, check_vma=False)
   return run(q, k, v, ranks_q, ranks_k, block_map)
+
+
+def _check(q: Array, k: Array, ranks_q: mask.Ranks, ranks_k: mask.Ranks,
+           block_map: blocks.BlockMap) -> None:
+  """Raises `ValueError` for what the kernels would compute wrongly, or never finish."""
+  if q.shape[2] % k.shape[2]:
+    raise ValueError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} key/value heads")
+  for name, x, ranks in (("queries", q, ranks_q), ("keys", k, ranks_k)):
+    if ranks.key.shape != x.shape[:2]:
+      raise ValueError(f"ranks of {name} are of {ranks.key.shape} tokens, not {x.shape[:2]}")
+  rows, columns = -(-q.shape[1] // block_map.block_q), -(-k.shape[1] // block_map.block_k)
+  for work, wanted in ((block_map.by_query, (rows, columns)), (block_map.by_key, (columns, rows))):
+    if (work.rows, work.columns) != wanted or work.partial.size != q.shape[0] * work.rows:
+      raise ValueError("the block map was planned for other lengths or another batch than those "
+                       f"of q {q.shape} and k {k.shape}")
 
 
 def _enough_heads(heads: int, k: Array, v: Array) -> tuple[Array, Array]:
