@@ -203,16 +203,17 @@ def _autoencoder(codec: Vae) -> tuple[Any, Any]:
                      f"config.codec.channels {codec.channels}")
   params = jax.tree.map(jnp.asarray, params)
 
+  # Given as an argument: as constants of a program they would be compiled and cached with it.
   @jax.jit
-  def encode(frames: jax.Array) -> jax.Array:
+  def encode(params: dict, frames: jax.Array) -> jax.Array:
     return vae.encode(config, params, frames.astype(jnp.float32) / 127.5 - 1).mean
 
   @jax.jit
-  def decode(latents: jax.Array) -> jax.Array:
+  def decode(params: dict, latents: jax.Array) -> jax.Array:
     image = vae.decode(config, params, latents.astype(jnp.float32))
     return jnp.clip(jnp.rint((image + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
-  return encode, decode
+  return functools.partial(encode, params), functools.partial(decode, params)
 
 
 def _in_batches(run: Any, x: np.ndarray) -> np.ndarray:

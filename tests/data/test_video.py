@@ -5,6 +5,8 @@ from fractions import Fraction
 import io
 import os
 import pickle
+import subprocess
+import sys
 import wave
 
 import av
@@ -230,6 +232,29 @@ def test_written_mp4_plays_everywhere_and_looks_the_same(tmp_path):
     context = file.streams.video[0].codec_context
     assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
   assert _psnr(video.read(tmp_path / "a.mp4").frames, frames) > 32
+
+
+_WRITE = """
+import os, sys
+import numpy as np
+from videogpt_jax.data import video
+
+if sys.argv[1] == "one core" and hasattr(os, "sched_setaffinity"):
+  os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+noise = np.random.default_rng(0).integers(0, 256, (176 // 8, 320 // 8, 3), np.uint8)
+still = np.kron(noise, np.ones((8, 8, 1), np.uint8))
+video.write_mp4(sys.argv[2], np.stack([np.roll(still, t, 1) for t in range(4)]), 8.0)
+"""
+
+
+def test_the_same_frames_make_the_same_file(tmp_path):
+  """On any number of cores, and whatever the memory held before that the encoder gets."""
+  files = []
+  for cores, fill in (("all cores", "1"), ("all cores", "85"), ("one core", "170")):
+    files.append(tmp_path / f"{fill}.mp4")
+    subprocess.run([sys.executable, "-c", _WRITE, cores, str(files[-1])], check=True,
+                   env={**os.environ, "MALLOC_PERTURB_": fill})  # glibc: fills what it allocates
+  assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_odd_sizes_are_extended_by_a_pixel(tmp_path):
