@@ -28,7 +28,9 @@ _BLOCKS = {"xla": (12, 18), "tpu": (128, 128)}
 
 def _interpreted(name):
   """Where a kernel can run without its device."""
-  return pltpu.force_tpu_interpret_mode() if name == "tpu" else contextlib.nullcontext()
+  if name != "tpu" or jax.default_backend() == "tpu":
+    return contextlib.nullcontext()
+  return pltpu.force_tpu_interpret_mode()
 
 
 def _ranks(seed, frames=5, patches=4, prefix=3):

@@ -1,4 +1,4 @@
-"""The Hopper kernels against the dense reference, simulated on the CPU (no GPU needed).
+"""The Hopper kernels against the dense reference; without such a GPU simulated on the CPU.
 
 Pallas simulates barriers, shared memory, copies and the warpgroups of a block of threads,
 one real thread each. It lacks three primitives that the kernels use; `simulated` adds them.
@@ -25,6 +25,7 @@ from videogpt_jax import layout
 from videogpt_jax import mask
 from videogpt_jax.attention import blocks
 from videogpt_jax.attention import gpu
+from videogpt_jax.attention import hopper
 from videogpt_jax.attention import reference
 
 # What the simulator lacks ------------------------------------------------------------------
@@ -69,6 +70,9 @@ def _replacement(eqn):
 
 @contextlib.contextmanager
 def simulated():
+  if gpu.serves(jax.devices()[0]):  # JAX_PLATFORMS=cuda pytest tests/test_attention_gpu.py
+    yield
+    return
   original = jaxpr_interpret.JaxprInterpreter.interpret
 
   def completed(self, jaxpr, token, *args):
@@ -151,6 +155,21 @@ def _compare(ranks_q, ranks_k, inputs, block_q, block_k):
 def test_equals_dense_forward_and_backward(size, heads, kv_heads, block_q, block_k):
   ranks = _ranks(size)
   _compare(ranks, ranks, _inputs(size, ranks, ranks, heads, kv_heads, size), block_q, block_k)
+
+
+def test_slots_of_shared_memory_are_used_again(monkeypatch):
+  """As in every long row: with so few slots, each is filled more than once."""
+  counted = []
+
+  def fewest(fixed, slot, least):
+    counted.append(least)
+    return least
+
+  monkeypatch.setattr(hopper, "slots", fewest)
+  ranks = _ranks(3, frames=9, patches=26)
+  assert ranks.length > 3 * 128
+  _compare(ranks, ranks, _inputs(3, ranks, ranks, 1, 1, 96), 128, 128)
+  assert len(counted) >= 3  # forward, dq, dk and dv
 
 
 def test_other_keys_than_queries():

@@ -1,11 +1,16 @@
 """The benchmark of attention: its peers compute the same, its table of block sizes is used."""
 
+import dataclasses
 import json
 
 import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from videogpt_jax import sharding
+from videogpt_jax.attention import blocks
 from videogpt_jax.attention import tuning
 from videogpt_jax.benchmarks import attention as benchmark
 from videogpt_jax.benchmarks import peers
@@ -58,6 +63,34 @@ def test_a_peer_that_fails_is_reported_and_ours_is_not_forgiven(mesh, monkeypatc
   monkeypatch.setitem(peers.PEERS, "ours", broken)
   with pytest.raises(RuntimeError, match="out of memory"):
     benchmark.report("stage1", mesh, rounds=1, calls=1, names=["ours"])
+
+
+def _half_forgotten(ranks_q, ranks_k):
+  """A block map that lacks some live blocks."""
+  late = dataclasses.replace(ranks_q, a=jnp.minimum(ranks_q.a, ranks_q.a.max() // 2))
+  return blocks.block_map(late, ranks_k, 62, 62)
+
+
+def test_what_computes_wrongly_is_not_measured(mesh, monkeypatch):
+  benchmark.check("stage1", mesh)
+  with pytest.raises(RuntimeError, match="its output differs from dense attention by"):
+    benchmark.check("stage1", mesh, build=_half_forgotten)
+  monkeypatch.setitem(benchmark.CANDIDATES, "xla", ((22, 44), (1, 2)))
+  block_map = blocks.block_map
+  wrong_at = lambda *ranks, block_q, block_k: (
+      _half_forgotten(*ranks) if block_q == 22 else block_map(*ranks, block_q, block_k))
+  monkeypatch.setattr(blocks, "block_map", wrong_at)
+  assert set(benchmark.tune("stage1", mesh, rounds=1, calls=1)["seconds"]) == {"44x44"}
+
+
+def test_splash_is_set_up_as_its_compiler_wants_it():
+  """For TPU, which is not there: the peer must not fail for our mistake."""
+  visible = np.tril(np.ones((700, 700), bool))
+  attend = peers.splash_attention(visible, heads=2)
+  q = jax.ShapeDtypeStruct((1, 700, 2, 128), jnp.bfloat16)
+  loss = lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum()
+  exported = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["tpu"])(q, q, q)
+  assert [x.shape for x in exported.out_avals] == [q.shape] * 3
 
 
 def test_tuning_writes_the_fastest_sizes_for_this_device(mesh, monkeypatch):

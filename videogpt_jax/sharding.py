@@ -5,7 +5,7 @@ only this table says which of them are split over which mesh axis. Code that run
 `jax.set_mesh` and `logical_rules()` is sharded; without them everything is on one device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import math
 from typing import Any
@@ -35,25 +35,25 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-  """A mesh of all devices; at most one size may be -1 and takes what is left.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh of `devices`, by default all; at most one size may be -1 and takes what is left.
 
   Raises:
     InputError: the sizes do not multiply to the number of devices.
   """
-  devices = jax.device_count()
+  devices = jax.devices() if devices is None else devices
   shape = [int(sizes[axis]) for axis in AXES]
   known = math.prod(size for size in shape if size != -1)
   if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
     raise InputError(f"mesh sizes must be positive, one of them may be -1; got {dict(sizes)}")
-  shape = [devices // known if size == -1 else size for size in shape]
-  if math.prod(shape) != devices:
+  shape = [len(devices) // known if size == -1 else size for size in shape]
+  if math.prod(shape) != len(devices):
     raise InputError(
       f"a mesh of {' x '.join(f'{a}={n}' for a, n in zip(AXES, shape, strict=True))} needs "
-      f"{math.prod(shape)} devices, there are {devices}"
+      f"{math.prod(shape)} devices, there are {len(devices)}"
     )
   # A slice of a pod is a torus of two or three axes: one of them may serve several of ours.
-  placed = mesh_utils.create_device_mesh(shape, allow_split_physical_axes=True)
+  placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

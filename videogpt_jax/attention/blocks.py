@@ -28,6 +28,7 @@ class Worklist:
   entries: Int[Array, "capacity"]
   starts: Int[Array, "rows+1"]  # row r owns entries starts[r] .. starts[r + 1] - 1
   partial: Int[Array, "rows"]  # of which those from partial[r] on need the predicate
+  longest_first: Int[Array, "rows"]  # rows in the order in which to start them on many cores
   rows: int = flax.struct.field(pytree_node=False)  # of a sample
   columns: int = flax.struct.field(pytree_node=False)
 
@@ -104,6 +105,7 @@ def _worklist(live: Bool[Array, "B rows columns"], full: Bool[Array, "B rows col
   starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(live.sum(-1, dtype=jnp.int32))])
   return Worklist(entries=jnp.sort(jnp.where(live, packed, nothing).reshape(-1)),
                   starts=starts, partial=starts[:-1] + full.sum(-1, dtype=jnp.int32),
+                  longest_first=jnp.argsort(-live.sum(-1)).astype(jnp.int32),
                   rows=rows, columns=columns)
 
 

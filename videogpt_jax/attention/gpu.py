@@ -101,7 +101,7 @@ def _forward(
   return out[:, :q.shape[1]], lse
 
 
-def _forward_kernel(inputs: _Inputs, rows: hopper.Rows, out: _Ref, lse: _Ref,
+def _forward_kernel(inputs: _Inputs, work: _Ref, out: _Ref, lse: _Ref,
                     memory: hopper.Memory) -> None:
   keys, values = memory.rings
 
@@ -113,7 +113,7 @@ def _forward_kernel(inputs: _Inputs, rows: hopper.Rows, out: _Ref, lse: _Ref,
     hopper.store(results, (q, stat),
                  (out.at[row.sample, tokens, head], lse.at[row.sample, head, tokens]))
 
-  hopper.specialize(rows, memory, inputs.k.shape[1],
+  hopper.specialize(work, memory, inputs.k.shape[1],
                     functools.partial(_fetch_keys, inputs, keys, values), compute)
 
 
@@ -216,7 +216,7 @@ def _backward(
   return dq[:, :q.shape[1]], dk[:, :k.shape[1]], dv[:, :k.shape[1]]
 
 
-def _query_gradient_kernel(inputs: _Inputs, rows: hopper.Rows, dq: _Ref,
+def _query_gradient_kernel(inputs: _Inputs, work: _Ref, dq: _Ref,
                            memory: hopper.Memory) -> None:
   keys, values = memory.rings
 
@@ -230,7 +230,7 @@ def _query_gradient_kernel(inputs: _Inputs, rows: hopper.Rows, dq: _Ref,
         plgpu.ACC(q.shape))
     hopper.store((result,), (q,), (dq.at[row.sample, tokens, head],))
 
-  hopper.specialize(rows, memory, inputs.k.shape[1],
+  hopper.specialize(work, memory, inputs.k.shape[1],
                     functools.partial(_fetch_keys, inputs, keys, values), compute)
 
 
@@ -280,7 +280,7 @@ def _differentiate_row(row: hopper.Row, q: _Ref, grad: _Ref, stats: _Ref, ranks:
   return result
 
 
-def _key_gradients_kernel(inputs: _Inputs, rows: hopper.Rows, dk: _Ref, dv: _Ref,
+def _key_gradients_kernel(inputs: _Inputs, work: _Ref, dk: _Ref, dv: _Ref,
                           memory: hopper.Memory) -> None:
   """A block of queries is visited in chunks of 64: two accumulators leave no more registers."""
   group = inputs.q.shape[2] // inputs.k.shape[2]
@@ -308,7 +308,7 @@ def _key_gradients_kernel(inputs: _Inputs, rows: hopper.Rows, dk: _Ref, dv: _Ref
         accumulator, accumulator)
     hopper.store(results, own.tiles[:2], [x.at[row.sample, tokens, kv_head] for x in (dk, dv)])
 
-  hopper.specialize(rows, memory, inputs.q.shape[1], fetch, compute)
+  hopper.specialize(work, memory, inputs.q.shape[1], fetch, compute)
 
 
 def _differentiate_column(row: hopper.Row, group: int, k: _Ref, v: _Ref, key_ranks: _Ref,

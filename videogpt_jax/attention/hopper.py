@@ -44,19 +44,13 @@ class Row(NamedTuple):
     return self.work.column(entry) * chunks + lax.rem(step, chunks)
 
 
-class Rows(NamedTuple):
-  """A worklist and the order in which to start its rows."""
-
-  work: Any  # blocks.Worklist
-  order: Any  # [rows]
-
-  def here(self, length: int, width: int) -> Row:
-    """The row that this block of threads is for, in steps of `width` of `length` tokens."""
-    work, row = self.work, self.order[lax.axis_index("row")]
-    rows, chunks, start = jnp.int32(work.rows), length // (work.columns * width), work.starts[row]
-    return Row(lax.div(row, rows), lax.rem(row, rows), start,
-               (work.partial[row] - start) * chunks, (work.starts[row + 1] - start) * chunks,
-               chunks, work)
+def row_here(work: Any, length: int, width: int) -> Row:
+  """The row that this block of threads is for, in steps of `width` of `length` tokens."""
+  row = work.longest_first[lax.axis_index("row")]
+  rows, chunks, start = jnp.int32(work.rows), length // (work.columns * width), work.starts[row]
+  return Row(lax.div(row, rows), lax.rem(row, rows), start,
+             (work.partial[row] - start) * chunks, (work.starts[row + 1] - start) * chunks,
+             chunks, work)
 
 
 # Shared memory ----------------------------------------------------------------------------
@@ -221,7 +215,7 @@ def launch(kernel: Callable[..., None], inputs: Any, work: blocks.Worklist, head
   """Runs a block of threads for each head and row: `warpgroups` that compute, one that fetches.
 
   Args:
-    kernel: of the inputs, the rows, the outputs and the shared memory.
+    kernel: of the inputs, the worklist, the outputs and the shared memory.
     inputs: a tree of arrays.
     work: whose rows are to be computed.
     heads: of queries, or of keys.
@@ -231,28 +225,26 @@ def launch(kernel: Callable[..., None], inputs: Any, work: blocks.Worklist, head
     rings: types of the rings.
     outputs: types of the outputs.
   """
-  # Rows that take long start first. They are the fastest axis of the grid, so that those in
-  # flight share a head's keys in the L2 cache.
-  order = jnp.argsort(work.starts[:-1] - work.starts[1:]).astype(jnp.int32)
   memory = Memory(
       tuple(each(warpgroups, tile) for tile in (*loaded, *staged)),
       plgpu.Barrier(num_arrivals=len(loaded), num_barriers=warpgroups),
       plgpu.Barrier(num_barriers=warpgroups), rings)
   return plgpu.kernel(
       kernel, out_type=outputs, scratch_types=(memory,),
+      # Rows are the fastest axis: those in flight share a head's keys in the L2 cache.
       grid=(heads, work.partial.size), grid_names=("head", "row"),
       num_threads=warpgroups + 1, thread_name="warpgroup",
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-  )(inputs, Rows(work, order))
+  )(inputs, work)
 
 
-def specialize(rows: Rows, memory: Memory, length: int,
+def specialize(work: Any, memory: Memory, length: int,
                fetch: Callable[..., None], compute: Callable[..., None]) -> None:
   """The body of a kernel, by warpgroup.
 
   Args:
-    rows: of which this block of threads takes one.
+    work: the worklist, of whose rows this block of threads takes one.
     memory: shared memory.
     length: tokens that the row's columns cover.
     fetch: what the last warpgroup does, from the row and the head.
@@ -266,7 +258,7 @@ def specialize(rows: Rows, memory: Memory, length: int,
   def _() -> None:
     if warpgroups > 1:  # a single one has all the registers that a thread can have
       plgpu.set_max_registers(24, action="decrease")
-    fetch(rows.here(length, width), head)
+    fetch(row_here(work, length, width), head)
 
   @pl.when(warpgroup < warpgroups)
   def _() -> None:
@@ -274,7 +266,7 @@ def specialize(rows: Rows, memory: Memory, length: int,
       plgpu.set_max_registers(240, action="increase")
     for ring in memory.rings:
       ring.open()
-    row = rows.here(length, width)
+    row = row_here(work, length, width)
     tokens = pl.ds((row.block * warpgroups + warpgroup) * ROWS, ROWS)
     tiles = tuple(tile.at[warpgroup] for tile in memory.tiles)
     compute(row, head, tokens, Own(tiles, memory.loaded.at[warpgroup],

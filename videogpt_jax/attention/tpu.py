@@ -29,8 +29,8 @@ from jaxtyping import Array, Bool, Float, Int
 from videogpt_jax import mask
 from videogpt_jax.attention import blocks
 from videogpt_jax.attention import gradient
+from videogpt_jax.attention import numerics
 
-_MASKED = -1e30  # finite: a row that has seen nothing yet must not make NaN
 _DQ_BYTES = 36 * 2**20  # VMEM that the gradient of a head's queries may take, two buffers of it
 _VMEM_BYTES = 60 * 2**20  # the smallest of v5e, v5p, v6e and v7 has 64 MiB
 _SMEM_BYTES = 900 * 2**10  # of 1 MiB; the worklist lives there
@@ -78,10 +78,10 @@ def _visible(bounds: Int[Array, "3 bq"], rank: Int[Array, "1 bk"]) -> Bool[Array
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-  """Product over the given axes, in float32; float32 operands are not rounded to bfloat16."""
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+  """Product over the given axes, in float32."""
   return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
-                         precision=precision, preferred_element_type=jnp.float32)
+                         precision=numerics.precision(a.dtype),
+                         preferred_element_type=jnp.float32)
 
 
 def _with_scores(step: _Step, k: Any, q: Any, bounds: Any, rank: Any,
@@ -91,7 +91,7 @@ def _with_scores(step: _Step, k: Any, q: Any, bounds: Any, rank: Any,
 
   @pl.when(~step.full)
   def _() -> None:
-    use(jnp.where(_visible(bounds[...], rank[...]), _scores(k[...], q[...]), _MASKED))
+    use(jnp.where(_visible(bounds[...], rank[...]), _scores(k[...], q[...]), numerics.MASKED))
 
 
 # Kernels ----------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def _forward_kernel(work: blocks.Worklist, entries: Any, q: Any, k: Any, v: Any,
   @pl.when(step.first)
   def _() -> None:
     acc[...] = jnp.zeros_like(acc)
-    peak[...] = jnp.full_like(peak, _MASKED / 2)
+    peak[...] = jnp.full_like(peak, numerics.MASKED / 2)
     total[...] = jnp.zeros_like(total)
 
   def use(scores: Float[Array, "bk bq"]) -> None:

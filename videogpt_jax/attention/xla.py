@@ -13,7 +13,6 @@ Inside, arrays are stacks of blocks, `[n, G, rows, E]`: one block is contiguous 
 R query heads that share a key/value head stand one after the other in its rows.
 """
 
-import functools
 from typing import Any
 
 import einops
@@ -25,9 +24,7 @@ from jaxtyping import Array, Bool, Float
 from videogpt_jax import mask
 from videogpt_jax.attention import blocks
 from videogpt_jax.attention import gradient
-
-_MASKED = -1e30  # finite: a row that has seen nothing yet must not make NaN
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+from videogpt_jax.attention import numerics
 
 
 def block_size(length: int, frame_tokens: int, tokens: int, frames: int) -> int:
@@ -45,9 +42,9 @@ def attend(
     block_map: blocks.BlockMap,
 ) -> Float[Array, "B Lq H E"]:
   """Softmax attention over the live blocks of `block_map`; see `videogpt_jax.attention`."""
-  batch, length, heads, size = q.shape
+  batch, length, heads = q.shape[:3]
   block_q, block_k = block_map.block_q, block_map.block_k
-  stacks = (_to_blocks(q * size**-0.5, block_q, k.shape[2]), _to_blocks(k, block_k, k.shape[2]),
+  stacks = (_to_blocks(q, block_q, k.shape[2]), _to_blocks(k, block_k, k.shape[2]),
             _to_blocks(v, block_k, k.shape[2]))
   out = _attend(*stacks, _rank_blocks(ranks_q, block_q), _rank_blocks(ranks_k, block_k),
                 block_map)
@@ -64,7 +61,7 @@ def _forward(
     ranks_k: mask.Ranks,
     block_map: blocks.BlockMap,
 ) -> tuple[Float[Array, "nq G Rbq E"], Float[Array, "nq G Rbq"]]:
-  work = block_map.by_query
+  work, scale = block_map.by_query, q.shape[-1]**-0.5
 
   def body(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     out, peak, total = carry
@@ -72,18 +69,18 @@ def _forward(
     mask_of = lambda: mask.visible(_at(ranks_q, i), _at(ranks_k, j))
     scores = _masked(_product("Gqe,Gke->Gqk", q[i], k[j]), full, mask_of)
     new_peak = jnp.maximum(peak[i], scores.max(-1))
-    weights = jnp.exp(scores - new_peak[..., None])
-    decay = jnp.exp(peak[i] - new_peak)
+    weights = jnp.exp((scores - new_peak[..., None]) * scale)
+    decay = jnp.exp((peak[i] - new_peak) * scale)
     update = _product("Gqk,Gke->Gqe", weights.astype(v.dtype), v[j])
     return (_put(out, i, out[i] * decay[..., None] + update), _put(peak, i, new_peak),
             _put(total, i, total[i] * decay + weights.sum(-1)))
 
   rows = q.shape[:-1]
-  init = (jnp.zeros(q.shape, jnp.float32), jnp.full(rows, _MASKED / 2, jnp.float32),
+  init = (jnp.zeros(q.shape, jnp.float32), jnp.full(rows, numerics.MASKED / 2, jnp.float32),
           jnp.zeros(rows, jnp.float32))
   out, peak, total = lax.fori_loop(0, work.starts[-1], body, init)
   total = jnp.where(total > 0, total, 1.0)
-  return (out / total[..., None]).astype(q.dtype), peak + jnp.log(total)
+  return (out / total[..., None]).astype(q.dtype), peak * scale + jnp.log(total)
 
 
 def _backward(
@@ -98,7 +95,7 @@ def _backward(
     grad: Float[Array, "nq G Rbq E"],
 ) -> tuple[Array, Array, Array]:
   """Weights are computed transposed, keys by queries: two of three gradients need them so."""
-  work = block_map.by_query
+  work, scale = block_map.by_query, q.shape[-1]**-0.5
   delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
   def body(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -107,7 +104,7 @@ def _backward(
     q_i, k_j, v_j, grad_i = q[i], k[j], v[j], grad[i]
     mask_of = lambda: mask.visible(_at(ranks_q, i), _at(ranks_k, j)).T
     scores = _masked(_product("Gke,Gqe->Gkq", k_j, q_i), full, mask_of)
-    weights = jnp.exp(scores - lse[i][:, None])
+    weights = jnp.exp(scores * scale - lse[i][:, None])
     d_weights = _product("Gke,Gqe->Gkq", v_j, grad_i)
     d_scores = (weights * (d_weights - delta[i][:, None])).astype(q.dtype)
     dv_j = _product("Gkq,Gqe->Gke", weights.astype(grad.dtype), grad_i)
@@ -117,10 +114,15 @@ def _backward(
 
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
   dq, dk, dv = lax.fori_loop(0, work.starts[-1], body, zeros)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+  return (dq * scale).astype(q.dtype), (dk * scale).astype(k.dtype), dv.astype(v.dtype)
 
 
 _attend = gradient.differentiable(_forward, _backward)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+  return jnp.einsum(equation, a, b, precision=numerics.precision(a.dtype),
+                    preferred_element_type=jnp.float32)
 
 
 # Stacks of blocks -------------------------------------------------------------------------
@@ -157,6 +159,6 @@ def _masked(scores: Float[Array, "G x y"], full: Bool[Array, ""], mask_of: Any) 
   def apply(scores: Array) -> Array:
     visible = mask_of()
     repeats = [n // m for n, m in zip(scores.shape[1:], visible.shape, strict=True)]
-    return jnp.where(jnp.tile(visible, repeats), scores, _MASKED)
+    return jnp.where(jnp.tile(visible, repeats), scores, numerics.MASKED)
 
   return lax.cond(full, lambda scores: scores, apply, scores)

@@ -13,6 +13,7 @@ import datetime
 import functools
 import itertools
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ from videogpt_jax import mask
 from videogpt_jax import sharding
 from videogpt_jax.attention import blocks
 from videogpt_jax.attention import gpu
+from videogpt_jax.attention import reference
 from videogpt_jax.attention import tuning
 from videogpt_jax.benchmarks import peers
 
@@ -51,12 +53,12 @@ CANDIDATES = {
   "tpu": ((256, 512, 1024), (256, 512, 1024, 2048)),
   "gpu": (gpu.BLOCKS, gpu.BLOCKS),
 }
+_TOLERANCE = {"bfloat16": 0.02, "float32": 1e-4}
 _RESULTS = pathlib.Path("benchmarks/results")
 
 
 def problem(case: str, mesh: Mesh, seed: int = 0) -> peers.Problem:
   """Random inputs of a case, heads split over the mesh: float32 on CPU, else bfloat16."""
-  by_head = NamedSharding(mesh, PartitionSpec(None, None, sharding.HEAD_AXES))
   frames, patches, heads, size = CASES[case]
   if case == "laptop":
     # All 2N frame blocks valid, as many tokens as the figures in the literature are for.
@@ -67,13 +69,53 @@ def problem(case: str, mesh: Mesh, seed: int = 0) -> peers.Problem:
   else:
     clip = layout.random_partition(jax.random.key(seed), frames)
     sequence = layout.training(clip[None])
-  ranks = mask.ranks(layout.tokens(sequence, patches))
+  return _random(sequence, patches, heads, heads, size, mesh, seed)
+
+
+def _random(sequence: layout.FrameBlocks, patches: int, heads: int, kv_heads: int, size: int,
+            mesh: Mesh, seed: int) -> peers.Problem:
+  by_head = NamedSharding(mesh, PartitionSpec(None, None, sharding.HEAD_AXES))
+  ranks = jax.device_put(mask.ranks(layout.tokens(sequence, patches)), sharding.replicated(mesh))
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-  keys = jax.random.split(jax.random.key(seed + 1), 4)
   q, k, v, grad = (
-      jax.device_put(jax.random.normal(key, (1, ranks.length, heads, size), dtype), by_head)
-      for key in keys)
+      jax.device_put(jax.random.normal(key, (*ranks.key.shape, n, size), dtype),
+                     by_head if n % mesh.size == 0 else sharding.replicated(mesh))
+      for key, n in zip(jax.random.split(jax.random.key(seed + 1), 4),
+                        (heads, kv_heads, kv_heads, heads), strict=True))
   return peers.Problem(q, k, v, grad, ranks, patches + layout.MARKERS)
+
+
+def check(case: str, mesh: Mesh, **ours: Any) -> None:
+  """Output and gradients of what will be timed against dense attention in float32.
+
+  On two samples of unequal length, long enough that a kernel uses every slot of its memory
+  more than once, with pairs of query heads that share a key/value head.
+
+  Args:
+    case: gives heads and their size.
+    mesh: as in `problem`.
+    **ours: implementation and block map, as in `peers.ours`.
+
+  Raises:
+    RuntimeError: they differ by more than the type's rounding explains.
+  """
+  frames, patches = 12, 60
+  heads, size = CASES[case][2:]
+  clip = jax.vmap(lambda key: layout.random_partition(key, frames))(
+      jax.random.split(jax.random.key(2)))
+  valid = jnp.arange(frames) < jnp.array([frames, frames - 3])[:, None]
+  small = _random(layout.training(clip, valid), patches, heads, heads // 2, size, mesh, seed=3)
+  with sharding.use(mesh):
+    out, gradients = peers.ours(small, **ours).both()
+  inputs = (x.astype(jnp.float32) for x in (small.q, small.k, small.v))
+  dense, pull = jax.vjp(lambda q, k, v: reference.attend(
+      q, k, v, small.ranks, small.ranks), *inputs)
+  expected = (dense, *pull(small.grad.astype(jnp.float32)))
+  for name, a, b in zip(("output", "dq", "dk", "dv"), (out, *gradients), expected, strict=True):
+    error = float(jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max())
+    if not error < _TOLERANCE[str(small.q.dtype)]:
+      raise RuntimeError(f"attention is wrong on this device: its {name} differs from dense "
+                         f"attention by {error:.2g} of the largest value; not measured")
 
 
 def set_up(case: peers.Problem, names: list[str]) -> tuple[dict[str, peers.Runner], dict[str, str]]:
@@ -124,8 +166,12 @@ def differences(case: peers.Problem, runners: dict[str, peers.Runner]) -> dict[s
   found = {}
   for name, runner in runners.items():
     if name not in ("ours", "jax_causal"):  # the latter computes something else
-      out = runner.wait(runner.forward())
-      host = out.float().cpu().numpy() if hasattr(out, "cpu") else np.asarray(out, np.float32)
+      try:
+        out = runner.wait(runner.forward())
+        host = out.float().cpu().numpy() if hasattr(out, "cpu") else np.asarray(out, np.float32)
+      except Exception as error:  # any library's; memory, if it just sufficed before
+        print(f"  {name}: {str(error).splitlines()[0][:150]}", flush=True)
+        continue
       found[name] = float(np.abs(np.where(valid, host, 0) - ours).max())
   return found
 
@@ -133,6 +179,7 @@ def differences(case: peers.Problem, runners: dict[str, peers.Runner]) -> dict[s
 def report(case_name: str, mesh: Mesh, rounds: int, calls: int, names: list[str]
            ) -> dict[str, Any]:
   """Measures a case; see the module."""
+  check(case_name, mesh)
   case = problem(case_name, mesh)
   batch, length, heads, size = case.q.shape
   pairs = int(mask.live_pairs(case.ranks).sum())
@@ -161,13 +208,13 @@ def report(case_name: str, mesh: Mesh, rounds: int, calls: int, names: list[str]
   implementation = attention.resolve("auto", length, length, size, case.q.dtype)
   result = {
       "benchmark": "attention", "case": case_name, "device": jax.devices()[0].device_kind,
-      "implementation": implementation,
+      "devices": mesh.size, "implementation": implementation,
       "block_sizes": tuning.block_sizes(
           implementation, length, length, case.frame_tokens, size),
       "jax": jax.__version__, "dtype": str(case.q.dtype), "batch": batch, "length": length,
       "heads": heads, "head_size": size, "visible_share": pairs / length**2 / batch,
       "product_tflops": rate / 1e12, "rounds": rounds, "peers": table, "not_run": missing}
-  for name in ("torch_sdpa", "torch_flex", "jax_dense"):
+  for name in ("torch_sdpa", "torch_flex", "jax_dense", "ours_dense"):
     if name in times:
       for what, key in (("both", "speedup_vs"), ("forward", "forward_speedup_vs")):
         result[f"{key}_{name}"] = times[name][what] / times["ours"][what]
@@ -188,10 +235,11 @@ def tune(case_name: str, mesh: Mesh, rounds: int, calls: int) -> dict[str, Any]:
       continue  # other entry, same blocks
     build = functools.partial(blocks.block_map, block_q=block_q, block_k=block_k)
     try:
+      check(case_name, mesh, implementation=name, build=build)
       with sharding.use(mesh):
         runner = peers.ours(case, name, build)
         runner.wait(runner.both())
-    except Exception as error:  # sizes that the compiler or the device refuses
+    except Exception as error:  # sizes that the compiler or the device refuses, or gets wrong
       print(f"  {label}: {str(error).splitlines()[0][:150]}", flush=True)
     else:
       runners[label], entries[label] = runner, entry
@@ -202,7 +250,8 @@ def tune(case_name: str, mesh: Mesh, rounds: int, calls: int) -> dict[str, Any]:
   best = min(times, key=lambda key: times[key]["both"])
   tuning.write(name, jax.devices()[0].device_kind, size, entries[best])
   return {"benchmark": "attention_tune", "case": case_name, "implementation": name,
-          "device": jax.devices()[0].device_kind, "best": best, "seconds": times}
+          "device": jax.devices()[0].device_kind, "devices": mesh.size, "best": best,
+          "seconds": times}
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -225,10 +274,13 @@ def _commit() -> str:
 def main() -> None:
   """Reads the flags and measures."""
   f = flags.FLAGS
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory, too
   if f.cpu_devices:
     machine.split_cpu(f.cpu_devices)
-  calls = f.calls or (1 if jax.default_backend() == "cpu" else 10)
-  mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": -1})
+  on_cpu = jax.default_backend() == "cpu"
+  calls = f.calls or (1 if on_cpu else 10)
+  devices = jax.devices()[:f.devices or (None if on_cpu else 1)]
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": -1}, devices)
   if f.tune:
     result = tune(f.case, mesh, f.rounds, calls)
   else:
@@ -251,6 +303,8 @@ if __name__ == "__main__":
   flags.DEFINE_integer("rounds", 9, "Turns that each peer gets.", lower_bound=1)
   flags.DEFINE_integer("calls", 0, "Calls in a turn; 0: 1 on CPU, 10 on accelerators.")
   flags.DEFINE_bool("tune", False, "Time all block sizes and write the fastest into the table.")
+  flags.DEFINE_integer("devices", 0, "Devices that the heads are shared among; 0: 1 accelerator, "
+                       "as many as torch uses, or all of --cpu_devices.", lower_bound=0)
   flags.DEFINE_integer("cpu_devices", min(2, machine.usable_cores()), "On CPU: devices that the "
                        "cores and the heads are shared among; 0: leave it to jax.")
   flags.DEFINE_string("out", "", "Result file, '-' for none; default: in benchmarks/results/.")

@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 import numpy as np
 
 from videogpt_jax import attention
 from videogpt_jax import mask
-from videogpt_jax.attention import reference
+
+_SPLASH_BLOCK = 512
 
 
 class Unsupported(Exception):
@@ -66,9 +67,8 @@ class Runner:
 def ours(problem: Problem, implementation: str = "auto",
          build: Callable[..., Any] | None = None) -> Runner:
   """`videogpt_jax.attention`, its block map included."""
-  q, ranks = problem.q, problem.ranks
 
-  def attend(ranks: mask.Ranks, q: Array, k: Array, v: Array) -> Array:
+  def attend(q: Array, k: Array, v: Array, ranks: mask.Ranks) -> Array:
     if build is not None:
       block_map = build(ranks, ranks)
     else:
@@ -76,24 +76,33 @@ def ours(problem: Problem, implementation: str = "auto",
                                  head_size=q.shape[3], dtype=q.dtype, implementation=implementation)
     return attention.attend(q, k, v, ranks, ranks, block_map, implementation=implementation)
 
-  name = attention.resolve(implementation, q.shape[1], q.shape[1], q.shape[3], q.dtype)
+  length, size = problem.q.shape[1], problem.q.shape[3]
+  name = attention.resolve(implementation, length, length, size, problem.q.dtype)
   if name in ("tpu", "gpu") and jax.default_backend() != name:
     raise Unsupported(f"needs a {name.upper()}")
-  return _jax_runner(functools.partial(attend, ranks), problem)
+  return _jax_runner(attend, problem, problem.ranks)
 
 
 def jax_dense(problem: Problem) -> Runner:
-  """The dense reference: scores in float32, masked by the boolean mask."""
-  attend = lambda q, k, v: reference.attend(q, k, v, problem.ranks, problem.ranks)
-  return _jax_runner(attend, problem)
+  """Masked softmax of all scores, as one writes it in jax: heads first, float32 weights."""
+  shared = problem.q.shape[2] // problem.k.shape[2]
+  visible = problem.visible[:, None]
+
+  def attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
+    q, k, v = (x.swapaxes(1, 2) for x in (q, *(jnp.repeat(x, shared, axis=2) for x in (k, v))))
+    scores = jnp.einsum("BHqE,BHkE->BHqk", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores * q.shape[3]**-0.5, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BHqk,BHkE->BHqE", weights, v).swapaxes(1, 2)
+
+  return _jax_runner(attend, problem, visible)
 
 
 def jax_dot_product_attention(problem: Problem) -> Runner:
   """`jax.nn.dot_product_attention` with the boolean mask; cuDNN where that serves it."""
-  visible = problem.visible[:, None]
-  attend = lambda q, k, v: jax.nn.dot_product_attention(
+  attend = lambda q, k, v, visible: jax.nn.dot_product_attention(
       q, k, v, mask=visible, implementation=_cudnn(problem))
-  return _jax_runner(attend, problem)
+  return _jax_runner(attend, problem, problem.visible[:, None])
 
 
 def jax_causal(problem: Problem) -> Runner:
@@ -107,22 +116,31 @@ def splash(problem: Problem) -> Runner:
   """JAX's splash attention for TPU with the mask as a constant, built outside of jit."""
   if jax.default_backend() != "tpu":
     raise Unsupported("needs a TPU")
+  if problem.q.shape[0] > 1 or problem.k.shape[2] != problem.q.shape[2]:
+    raise Unsupported("one sample, one key/value head a query head")
+  return _jax_runner(splash_attention(np.asarray(problem.visible[0]), problem.q.shape[2]), problem)
+
+
+def splash_attention(visible: Bool[np.ndarray, "L L"], heads: int) -> Callable[..., Array]:
+  """Splash attention of one sample, in blocks of the sizes that users of it train with."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
-  batch, length, heads, size = problem.q.shape
-  if batch > 1 or problem.k.shape[2] != heads:
-    raise Unsupported("one sample, one key/value head a query head")
-  padded = -(-length // 1024) * 1024
-  visible = np.zeros((padded, padded), bool)
-  visible[:length, :length] = np.asarray(problem.visible[0])
-  one = splash_attention_mask.NumpyMask(visible)
+  length, block = len(visible), _SPLASH_BLOCK
+  missing = -length % block
+  one = splash_attention_mask.NumpyMask(np.pad(visible, (0, missing)))
   kernel = splash_attention_kernel.make_splash_mha_single_device(
-      splash_attention_mask.MultiHeadMask([one] * heads))
-  heads_first = lambda x: jnp.pad(x[0].swapaxes(0, 1), ((0, 0), (0, padded - length), (0, 0)))
-  attend = lambda q, k, v: kernel(heads_first(q * size**-0.5), heads_first(k), heads_first(v))[
-      :, :length].swapaxes(0, 1)[None]
-  return _jax_runner(attend, problem)
+      splash_attention_mask.MultiHeadMask([one] * heads),
+      block_sizes=splash_attention_kernel.BlockSizes(
+          block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
+          block_kv_dq=block))
+  heads_first = lambda x: jnp.pad(x[0].swapaxes(0, 1), ((0, 0), (0, missing), (0, 0)))
+
+  def attend(q: Array, k: Array, v: Array) -> Array:
+    out = kernel(heads_first(q * q.shape[3]**-0.5), heads_first(k), heads_first(v))
+    return out[:, :length].swapaxes(0, 1)[None]
+
+  return attend
 
 
 def _cudnn(problem: Problem) -> Any:
@@ -131,11 +149,12 @@ def _cudnn(problem: Problem) -> Any:
   return "cudnn" if jax.default_backend() == "gpu" and half else "xla"
 
 
-def _jax_runner(attend: Callable[..., Array], problem: Problem) -> Runner:
-  inputs = problem.q, problem.k, problem.v
+def _jax_runner(attend: Callable[..., Array], problem: Problem, *given: Any) -> Runner:
+  """A runner of `attend(q, k, v, *given)`; as a constant the mask would be in every program."""
+  inputs = problem.q, problem.k, problem.v, *given
 
-  def both(grad: Array, *inputs: Array) -> Any:
-    out, pull = jax.vjp(attend, *inputs)
+  def both(grad: Array, q: Array, k: Array, v: Array, *given: Any) -> Any:
+    out, pull = jax.vjp(lambda *x: attend(*x, *given), q, k, v)
     return out, pull(grad)
 
   forward = jax.jit(attend).lower(*inputs).compile()
@@ -231,6 +250,7 @@ def _torch_runner(attend: Callable[[], Any], inputs: Any, grad: Any) -> Runner:
 
 PEERS: dict[str, Callable[[Problem], Runner]] = {
   "ours": ours,
+  "ours_dense": functools.partial(ours, implementation="reference"),
   "jax_dense": jax_dense,
   "jax_dot_product_attention": jax_dot_product_attention,
   "jax_causal": jax_causal,
