@@ -57,9 +57,15 @@ def test_a_peer_that_fails_is_reported_and_ours_is_not_forgiven(mesh, monkeypatc
   def broken(problem):
     raise RuntimeError("out of memory")
 
+  def silent(problem):
+    raise MemoryError
+
   monkeypatch.setitem(peers.PEERS, "jax_dense", broken)
-  result = benchmark.report("stage1", mesh, rounds=1, calls=1, names=["ours", "jax_dense"])
-  assert result["not_run"]["jax_dense"] == "RuntimeError: out of memory"
+  monkeypatch.setitem(peers.PEERS, "jax_causal", silent)
+  result = benchmark.report("stage1", mesh, rounds=1, calls=1,
+                            names=["ours", "jax_dense", "jax_causal"])
+  assert result["not_run"] == {"jax_dense": "RuntimeError: out of memory",
+                               "jax_causal": "MemoryError: "}
   monkeypatch.setitem(peers.PEERS, "ours", broken)
   with pytest.raises(RuntimeError, match="out of memory"):
     benchmark.report("stage1", mesh, rounds=1, calls=1, names=["ours"])

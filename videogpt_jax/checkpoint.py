@@ -401,6 +401,7 @@ def _crc32(path: pathlib.Path) -> int:
 
 
 def read_extra(folder: pathlib.Path) -> dict[str, Any]:
+  """What a checkpoint holds beside the state, as it was given when it was saved."""
   return ocp.JsonCheckpointHandler().restore(epath.Path(folder / EXTRA))
 
 

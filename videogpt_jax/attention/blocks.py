@@ -102,10 +102,11 @@ def _worklist(live: Bool[Array, "B rows columns"], full: Bool[Array, "B rows col
   live |= ~live.any(-1, keepdims=True) & (column == 0)  # every row has an entry
   packed = (row << (bits + 1)) | ((~full).astype(jnp.int32) << bits) | column
   nothing = jnp.iinfo(jnp.int32).max
-  starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(live.sum(-1, dtype=jnp.int32))])
+  count = live.sum(-1, dtype=jnp.int32)
+  starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count)])
   return Worklist(entries=jnp.sort(jnp.where(live, packed, nothing).reshape(-1)),
                   starts=starts, partial=starts[:-1] + full.sum(-1, dtype=jnp.int32),
-                  longest_first=jnp.argsort(-live.sum(-1)).astype(jnp.int32),
+                  longest_first=jnp.argsort(-count).astype(jnp.int32),
                   rows=rows, columns=columns)
 
 

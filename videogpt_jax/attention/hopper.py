@@ -176,6 +176,7 @@ def of_columns(ref: _Ref) -> Array:
 
 
 def along(x: Array, shape: tuple[int, ...], axis: int) -> Array:
+  """Repeats a vector to `shape`, in which it lies along `axis`."""
   return lax.broadcast_in_dim(x, shape, (axis,))
 
 

@@ -136,9 +136,14 @@ def set_up(case: peers.Problem, names: list[str]) -> tuple[dict[str, peers.Runne
     except Exception as error:  # any library's
       if name == "ours":
         raise
-      missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+      missing[name] = _line(error)
     print(f"  {name:<28}{missing.get(name, 'ready')}", flush=True)
   return runners, missing
+
+
+def _line(error: Exception) -> str:
+  """An error of any library in one line; its message may be empty."""
+  return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
 
 
 def measure(runners: dict[str, peers.Runner], rounds: int, calls: int
@@ -170,7 +175,7 @@ def differences(case: peers.Problem, runners: dict[str, peers.Runner]) -> dict[s
         out = runner.wait(runner.forward())
         host = out.float().cpu().numpy() if hasattr(out, "cpu") else np.asarray(out, np.float32)
       except Exception as error:  # any library's; memory, if it just sufficed before
-        print(f"  {name}: {str(error).splitlines()[0][:150]}", flush=True)
+        print(f"  {name}: {_line(error)}", flush=True)
         continue
       found[name] = float(np.abs(np.where(valid, host, 0) - ours).max())
   return found
@@ -240,7 +245,7 @@ def tune(case_name: str, mesh: Mesh, rounds: int, calls: int) -> dict[str, Any]:
         runner = peers.ours(case, name, build)
         runner.wait(runner.both())
     except Exception as error:  # sizes that the compiler or the device refuses, or gets wrong
-      print(f"  {label}: {str(error).splitlines()[0][:150]}", flush=True)
+      print(f"  {label}: {_line(error)}", flush=True)
     else:
       runners[label], entries[label] = runner, entry
   times = measure(runners, rounds, calls)
