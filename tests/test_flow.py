@@ -1,11 +1,8 @@
-"""Noising, the loss and the sampler's parts."""
-
-import itertools
+"""Noising, the loss, and what a sample becomes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from scipy import stats
 
 import golden_videogpt as golden
@@ -61,28 +58,6 @@ def test_loss_is_a_mean_over_real_frames_and_parts_add_up():
   parts = [flow.loss(x1[i:i + 2], jax.tree.map(lambda x, i=i: x[i:i + 2], draw), valid[i:i + 2],
                      jnp.float32(10))[0] for i in (0, 2)]
   np.testing.assert_allclose(sum(parts), whole, rtol=1e-4)
-
-
-def test_euler_with_the_exact_model_arrives_at_the_data():
-  """With one data point the best prediction is that point, and any grid ends there."""
-  x1 = jnp.full((1, 1, 2, 2, 3), 0.7)
-  for steps, shift in ((1, 1.0), (7, 1.0), (5, 3.0)):
-    z = jax.random.normal(jax.random.key(0), x1.shape)
-    grid = flow.time_grid(steps, shift)
-    for t, t_next in itertools.pairwise(grid):
-      z = flow.euler_step(z, flow.velocity(x1, z, t), t, t_next)
-    np.testing.assert_allclose(z, x1, atol=1e-6)
-  with pytest.raises(ValueError, match="at least 1 step"):
-    flow.time_grid(0)
-
-
-def test_golden_noise_schedules():
-  parts = golden.arrays("parts")
-  names = sorted({k.split("/")[0] for k in parts if k.startswith("sigma")})
-  assert names
-  for name in names:
-    grid = flow.time_grid(int(parts[f"{name}/steps"]), float(parts[f"{name}/shift"]))
-    golden.assert_close(grid, parts[f"{name}/sigma"])
 
 
 def test_golden_time_features():

@@ -13,6 +13,7 @@ from videogpt_jax import layout
 from videogpt_jax import model
 from videogpt_jax import published
 from videogpt_jax import rollout
+from videogpt_jax import sampler as sampler_lib
 from videogpt_jax import step
 
 _TRAINING = golden.index("forward_train_index")
@@ -70,20 +71,29 @@ def test_golden_training_forward_and_gradients(spec, implementation):
     golden.assert_close(tensors[name], case[f"grad/{name}"])
 
 
+@pytest.mark.parametrize("mode", rollout.MODES)
 @pytest.mark.parametrize("spec", _SAMPLER, ids=lambda c: c["case"])
-def test_golden_sampler(spec):
+def test_golden_sampler(spec, mode, monkeypatch):
+  """The engine with the published noise; `rolling` equals it until the first frames leave."""
   case = golden.case("sampler", spec["case"])
   config, params = golden.load_model(spec["model"])
   sampler = rollout.Sampler(spec["steps"], spec["cfg"], spec["shift"])
-  golden.assert_close(flow.time_grid(spec["steps"], spec["shift"]), case["sigma"])
-  video = golden.channels_last(case["history"])[None]
-  for r, count in enumerate(spec["gen"]):
-    kept = rollout.kept_history(video.shape[1], count, spec.get("max_frame_window", 0))
-    assert kept == case[f"round{r}/kept_history"]
-    noise = golden.channels_last(case[f"round{r}/noise"])[None]
-    clip = rollout.denoise_clip(config, params, video[:, video.shape[1] - kept:], noise, sampler)
+  golden.assert_close(sampler_lib.time_grid(spec["steps"], spec["shift"]), case["sigma"])
+  noise = lambda index: golden.channels_last(case[f"round{index}/noise"])[None]
+  monkeypatch.setattr(rollout, "draw_noise", lambda rng, index, shape: noise(index))
+  history, frames = golden.channels_last(case["history"])[None], spec["gen"]
+  window = rollout.Window(spec.get("max_frame_window", 0), mode)
+  clips = rollout.clips(config, params, history, clip_frames=frames, sampler=sampler, window=window,
+                        rng=None)
+  seen = history.shape[1]
+  for r, (count, clip) in enumerate(zip(frames, clips, strict=True)):
+    assert clip.shape[1] == count
+    kept = int(case[f"round{r}/kept_history"])
+    assert rollout.kept_history(seen, count, window.frames) == kept
+    if mode == "rolling" and r and kept < seen:
+      return
     golden.assert_close(clip[0], golden.channels_last(case[f"round{r}/latents"]))
-    video = np.concatenate([video, clip], axis=1)
+    seen += count
 
 
 def test_golden_three_steps_of_adamw():

@@ -112,12 +112,22 @@ def compute_dtype(name: str) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What every layer shares: who sees whom, and where."""
+  """What every layer shares: who sees whom, and where the tokens at hand stand."""
 
   cos: Float[Array, "B L E2"]
   sin: Float[Array, "B L E2"]
-  ranks: mask.Ranks
+  ranks_q: mask.Ranks  # of the tokens at hand
+  ranks_k: mask.Ranks  # of those before them, if any, and theirs
   block_map: blocks.BlockMap | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeysValues:
+  """Keys and values of tokens, in every layer if there is an axis for it in front."""
+
+  keys: Float[Array, "*layers B L G E"]
+  values: Float[Array, "*layers B L G E"]
 
 
 def rotary_angles(
@@ -218,19 +228,35 @@ class Attention(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x_BLD: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
+  def __call__(
+      self, x_BLD: Float[Array, "B L D"], context: Context, past: KeysValues | None = None
+  ) -> tuple[Float[Array, "B L D"], KeysValues]:
+    """Attends to the tokens themselves and to those before them.
+
+    Args:
+      x_BLD: the tokens at hand.
+      context: of all layers.
+      past: rotated keys, and values, of the tokens that stand before.
+
+    Returns:
+      What was attended to, and the tokens' own keys (not rotated: where they will stand in
+      a window that moves is not known yet) and values.
+    """
     c = self.config
     D, H, G, E = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_size
     w_DHE = kernel(self, "q", (D, H, E), ("embed", "heads", "head"))
     w_D2GE = kernel(self, "kv", (D, 2, G, E), ("embed", "kv", "kv_heads", "head"))
     w_HED = kernel(self, "o", (H, E, D), ("heads", "head", "embed"), (0, 1))
     q_BLHE = rotate(contract(x_BLD, w_DHE), context.cos, context.sin)
-    k_BLGE = rotate(contract(x_BLD, w_D2GE[:, 0]), context.cos, context.sin)
-    v_BLGE = contract(x_BLD, w_D2GE[:, 1])
+    own = KeysValues(contract(x_BLD, w_D2GE[:, 0]), contract(x_BLD, w_D2GE[:, 1]))
     q_BLHE = nn.with_logical_constraint(q_BLHE, ("batch", "length", "heads", "head"))
-    out_BLHE = attention.attend(q_BLHE, k_BLGE, v_BLGE, context.ranks, context.ranks,
+    k_BLGE, v_BLGE = rotate(own.keys, context.cos, context.sin), own.values
+    if past is not None:
+      k_BLGE = jnp.concatenate([past.keys, attention.by_heads(k_BLGE)], axis=1)
+      v_BLGE = jnp.concatenate([past.values, attention.by_heads(v_BLGE)], axis=1)
+    out_BLHE = attention.attend(q_BLHE, k_BLGE, v_BLGE, context.ranks_q, context.ranks_k,
                                 context.block_map, implementation=c.attention)
-    return contract(out_BLHE, w_HED, axes=2)
+    return contract(out_BLHE, w_HED, axes=2), own
 
 
 class MLP(nn.Module):
@@ -250,18 +276,25 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-  """Pre-norm residual attention and MLP; returns its output twice, for scan and capture."""
+  """Pre-norm residual attention and MLP.
+
+  Returns its output, and for scan what is wanted beside it: the output once more if
+  `capture`, its keys and values if `keep`.
+  """
 
   config: Config
   capture: bool = False
+  keep: bool = False
 
   @nn.compact
-  def __call__(self, x_BLD: Float[Array, "B L D"], context: Context) -> tuple[Array, Any]:
-    x_BLD = x_BLD + Attention(self.config, name="attention")(
-        RMSNorm(self.config, name="attention_norm")(x_BLD), context)
+  def __call__(self, x_BLD: Float[Array, "B L D"], context: Context, past: KeysValues | None
+               ) -> tuple[Array, tuple[Array | None, KeysValues | None]]:
+    attended_BLD, own = Attention(self.config, name="attention")(
+        RMSNorm(self.config, name="attention_norm")(x_BLD), context, past)
+    x_BLD = x_BLD + attended_BLD
     x_BLD = x_BLD + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x_BLD))
     x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "embed"))
-    return x_BLD, (x_BLD if self.capture else None)
+    return x_BLD, (x_BLD if self.capture else None, own if self.keep else None)
 
 
 class Backbone(nn.Module):
@@ -271,22 +304,32 @@ class Backbone(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x_BLD: Float[Array, "B L D"], context: Context, capture: tuple[int, ...] = ()
-  ) -> tuple[Float[Array, "B L D"], dict[int, Float[Array, "B L D"]]]:
+      self,
+      x_BLD: Float[Array, "B L D"],
+      context: Context,
+      past: KeysValues | None = None,
+      *,
+      capture: tuple[int, ...] = (),
+      keep: bool = False,
+  ) -> tuple[Float[Array, "B L D"], dict[int, Float[Array, "B L D"]], KeysValues | None]:
     """Runs all layers.
 
     Args:
       x_BLD: embedded tokens.
       context: shared by all layers.
+      past: of the tokens before these, with an axis of layers in front; see `Attention`.
       capture: indices of layers whose outputs are wanted too.
+      keep: whether the tokens' own keys and values are wanted.
 
     Returns:
-      The normalised output, and the captured outputs by layer index.
+      The normalised output, the captured outputs by layer index, and if `keep` the tokens'
+      own keys and values in every layer.
     """
     c = self.config
     layer = nn.remat(Layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
     stack = nn.scan(layer, length=c.num_layers, variable_axes={"params": 0},
-                    split_rngs={"params": True}, in_axes=nn.broadcast,
+                    split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
                     metadata_params={nn.PARTITION_NAME: "layers"})
-    x_BLD, outputs = stack(c, capture=bool(capture), name="layers")(x_BLD, context)
-    return RMSNorm(c, name="norm")(x_BLD), {i: outputs[i] for i in capture}
+    x_BLD, (outputs, own) = stack(c, capture=bool(capture), keep=keep, name="layers")(
+        x_BLD, context, past)
+    return RMSNorm(c, name="norm")(x_BLD), {i: outputs[i] for i in capture}, own

@@ -100,3 +100,40 @@ def parameters(config: model.Config) -> dict[str, int]:
     "final": size(tree["final_layer"]),
   }
   return {**parts, "total": sum(parts.values())}
+
+
+def clip(
+  config: model.Config,
+  history: int,
+  generated: int,
+  cells: tuple[int, int],
+  *,
+  evaluations: int,
+  guided_evaluations: int = 0,
+  recomputed: bool = False,
+) -> float:
+  """FLOPs of one generated clip: its history encoded once, then every prediction of the sampler.
+
+  Args:
+    config: model.
+    history: frames that are encoded for it and seen.
+    generated: frames of the clip.
+    cells: h and w of the latents.
+    evaluations: predictions given the history.
+    guided_evaluations: how many of them come with one that is given none.
+    recomputed: count the history for every prediction, as samplers without a cache do.
+  """
+  patches = model.patches_per_frame(config, *cells)
+  frame = patches + layout.MARKERS
+  pairs = lambda blocks: float(mask.live_pairs(mask.ranks(layout.tokens(blocks, patches)))[0])
+  sees = frame * frame * history * generated  # of the history, by the clip
+  own = pairs(layout.prediction(0, generated))
+  past = pairs(layout.prediction(history, generated)) - sees - own
+  dense = lambda frames: frame * frames * token_flops(config) + (
+    2.0 * frames * patches * config.channels * config.patch_size**2 * config.backbone.hidden_size)
+  attention = pair_flops(config)
+  encoded = dense(history) + past * attention
+  per_evaluation = dense(2 * generated) - frame * generated * token_flops(config)
+  return ((evaluations if recomputed else 1) * encoded
+          + evaluations * (per_evaluation + (own + sees) * attention)
+          + guided_evaluations * (per_evaluation + own * attention))

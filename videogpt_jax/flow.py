@@ -1,8 +1,8 @@
-"""Flow matching on clips: noising, the clean-latent loss, the time grid, the Euler step.
+"""Flow matching on clips: noising and the clean-latent loss.
 
 Time runs from noise to data: `x_t = t * x1 + (1 - t) * x0`, x0 ~ N(0, I), so t = 1 is
 clean. Every clip has one t, shared by its frames. The model predicts x1 (the clean
-latent); velocity follows as `(x1 - z) / (1 - t)`. Clean history is slightly noised in
+latent), from which `sampler` goes the way back. Clean history is slightly noised in
 training. Source: paper, section 3.1, and the published implementation for the constants.
 """
 
@@ -92,35 +92,3 @@ def loss(
     normalizer = jnp.maximum(weight.sum(), 1.0)
   aux = {"frame_loss": frame_loss, "frame_weight": weight, "t": draw.t, "clip": draw.clip}
   return frame_loss.sum() / normalizer, aux
-
-
-def time_grid(steps: int, shift: float = 1.0) -> Float[Array, "T1"]:
-  """Sampling times from 0 to 1 in `steps` steps: u / (u + shift - shift * u), T + 1 of them.
-
-  `shift` above 1 spends more steps near the noise.
-  """
-  if steps < 1:
-    raise ValueError(f"sampling needs at least 1 step, got {steps}")
-  u = jnp.linspace(0.0, 1.0, steps + 1, dtype=jnp.float32)
-  return u / (u + shift - shift * u)
-
-
-def velocity(
-    x1: Float[Array, "*B h w C"], z: Float[Array, "*B h w C"], t: Float[Array, ""]
-) -> Float[Array, "*B h w C"]:
-  """The velocity at z that leads to the predicted clean latent: (x1 - z) / (1 - t)."""
-  return (x1 - z) / (1 - t)
-
-
-def guide(
-    conditional: Float[Array, "*B"], unconditional: Float[Array, "*B"], guidance: float
-) -> Float[Array, "*B"]:
-  """Classifier-free guidance on velocities: away from what needs no history."""
-  return unconditional + guidance * (conditional - unconditional)
-
-
-def euler_step(
-    z: Float[Array, "*B"], v: Float[Array, "*B"], t: Float[Array, ""], t_next: Float[Array, ""]
-) -> Float[Array, "*B"]:
-  """One explicit Euler step of dz/dt = v."""
-  return z + (t_next - t) * v

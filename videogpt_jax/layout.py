@@ -153,6 +153,45 @@ def prediction(history: int, generated: int, batch: int = 1) -> FrameBlocks:
   return frame_blocks(stream=rows(stream), clip=rows(is_new), frame=rows(frame))
 
 
+def window(
+    first: Int[Array, ""], count: Int[Array, ""], slots: int, batch: int = 1
+) -> FrameBlocks:
+  """The clean frames that a cache keeps in a ring of `slots` frame blocks. M = slots.
+
+  Slot `first` holds frame 0, the slots after it (and on from slot 0) the `count` - 1 next
+  ones; the others are invalid. Frames count from the oldest kept one, however many left.
+  """
+  frame = (jnp.arange(slots, dtype=jnp.int32) - first) % max(1, slots)
+  rows = lambda x: jnp.broadcast_to(x, (batch, slots))
+  zeros = jnp.zeros((batch, slots), jnp.int32)
+  return frame_blocks(stream=zeros + CLEAN, clip=zeros, frame=rows(frame),
+                      valid=rows(frame < count))
+
+
+def appended(history: Int[Array, ""] | int, frames: int, batch: int = 1) -> FrameBlocks:
+  """`frames` clean frames that follow `history` earlier ones, which stand elsewhere."""
+  frame = jnp.broadcast_to(history + jnp.arange(frames, dtype=jnp.int32), (batch, frames))
+  zeros = jnp.zeros_like(frame)
+  return frame_blocks(stream=zeros + CLEAN, clip=zeros, frame=frame)
+
+
+def next_clip(
+    history: Int[Array, ""] | int, generated: int, batch: int = 1, *, guided: bool = False
+) -> FrameBlocks:
+  """One noisy clip after `history` clean frames, which stand elsewhere (all of one past clip).
+
+  With `guided` the clip follows once more, as one that has no history and begins at frame 0:
+  the unconditional branch of guidance. M = generated, or twice that.
+  """
+  frame = jnp.arange(generated, dtype=jnp.int32)
+  clip = jnp.ones_like(frame)
+  frames, clips = (([history + frame, frame], [clip, clip + 1]) if guided
+                   else ([history + frame], [clip]))
+  rows = lambda x: jnp.broadcast_to(jnp.concatenate(x), (batch, generated * len(x)))
+  return frame_blocks(stream=rows([clip * 0 + NOISY] * len(clips)), clip=rows(clips),
+                      frame=rows(frames))
+
+
 # Tokens -----------------------------------------------------------------------------------
 
 

@@ -68,6 +68,11 @@ def pad(ranks: Ranks, multiple: int) -> Ranks:
                lo=fill(ranks.lo, _NEVER), hi=fill(ranks.hi, -_NEVER))
 
 
+def concatenate(*parts: Ranks) -> Ranks:
+  """The ranks of several runs of tokens as those of one."""
+  return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *parts)
+
+
 def visible(ranks_q: Ranks, ranks_k: Ranks) -> Bool[Array, "*B Lq Lk"]:
   """The dense mask: true where query q may look at key k."""
   key = ranks_k.key[..., None, :]

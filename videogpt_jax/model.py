@@ -19,6 +19,7 @@ import numpy as np
 
 from videogpt_jax import attention
 from videogpt_jax import backbone
+from videogpt_jax import cache as cache_lib
 from videogpt_jax import layout
 from videogpt_jax import mask
 from videogpt_jax import sharding
@@ -163,11 +164,26 @@ class FinalLayer(nn.Module):
 
 
 class VideoGPT(nn.Module):
-  """The whole model; pure `init` and `apply`."""
+  """The whole model; pure `init` and `apply`.
+
+  Training runs `__call__` on whole sequences. To generate, clean frames go through `extend`
+  once, and each denoising step through `denoise`, which computes the noisy frames alone.
+  """
 
   config: Config
 
-  @nn.compact
+  def setup(self) -> None:
+    c = self.config
+    init: Any = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+    self.embed_tokens = self.param("embed_tokens", init, (c.vocab_size, c.backbone.hidden_size),
+                                   jnp.float32)
+    self.input_x_embedder = PatchEmbed(c)
+    self.x_embedder = PatchEmbed(c)
+    self.time_token = TimeEmbed(c)
+    self.backbone = backbone.Backbone(c.backbone)
+    self.t_embedder = TimeEmbed(c)
+    self.final_layer = FinalLayer(c)
+
   def __call__(
       self,
       clean: Float[Array, "B Nc h w C"],
@@ -187,16 +203,87 @@ class VideoGPT(nn.Module):
       prefix: condition tokens, seen by all frames.
       capture: layers whose outputs are returned as well.
     """
-    c = self.config
-    chex.assert_equal_shape_prefix([noisy, t], 2)
     chex.assert_shape(blocks.stream, (noisy.shape[0], clean.shape[1] + noisy.shape[1]))
-    height, width = noisy.shape[2:4]
-    patches = patches_per_frame(c, height, width)
-
-    x_BMSD = self._embed(clean, noisy, t)
-    x_BLD = einops.rearrange(x_BMSD, "B M S D -> B (M S) D")
+    x_BLD = jnp.concatenate([self._clean_tokens(clean), self._noisy_tokens(noisy, t)], axis=1)
     if prefix is not None:
       x_BLD = jnp.concatenate([prefix.embeddings.astype(x_BLD.dtype), x_BLD], axis=1)
+    x_BLD, hidden, _ = self._run(x_BLD, blocks, noisy.shape[2:4], prefix=prefix, capture=capture)
+    noisy_tokens = x_BLD.shape[1] // blocks.stream.shape[1] * noisy.shape[1]
+    return Output(x1=self._read(x_BLD[:, -noisy_tokens:], noisy, t), hidden=hidden)
+
+  def extend(
+      self, frames: Float[Array, "B n h w C"], cache: cache_lib.Cache, *, is_empty: bool = False
+  ) -> cache_lib.Cache:
+    """Appends clean frames, which see those in the cache and themselves, to it.
+
+    Args:
+      frames: normalised latents.
+      cache: with at least n free slots.
+      is_empty: it is known to hold nothing, so there is nothing to look at.
+    """
+    past = None if is_empty else cache_lib.past(self.config.backbone, cache)
+    blocks = layout.appended(cache.count, frames.shape[1], frames.shape[0])
+    x_BLD = self._clean_tokens(frames)
+    _, _, own = self._run(x_BLD, blocks, frames.shape[2:4], past=past, keep=True)
+    return cache_lib.append(cache, own)
+
+  def denoise(
+      self,
+      noisy: Float[Array, "B n h w C"],
+      t: Float[Array, "B n"],
+      blocks: layout.FrameBlocks,
+      past: cache_lib.Past,
+  ) -> Float[Array, "B n h w C"]:
+    """Predicts the clean latents of noisy frames after cached ones.
+
+    Args:
+      noisy: frames to denoise.
+      t: time of each.
+      blocks: what they are; see `layout.next_clip`.
+      past: what they see of the cache.
+    """
+    x_BLD, _, _ = self._run(self._noisy_tokens(noisy, t), blocks, noisy.shape[2:4], past=past)
+    return self._read(x_BLD, noisy, t)
+
+  def _clean_tokens(self, frames: Float[Array, "B n h w C"]) -> Float[Array, "B L D"]:
+    """`<img>`, patches and `</img>` of every frame."""
+    patches_BNPD = self.input_x_embedder(frames)
+    x_BNSD = [self._marker(self.config.img_id, frames), patches_BNPD,
+              self._marker(self.config.end_img_id, frames)]
+    return einops.rearrange(jnp.concatenate(x_BNSD, axis=2), "B n S D -> B (n S) D")
+
+  def _noisy_tokens(
+      self, frames: Float[Array, "B n h w C"], t: Float[Array, "B n"]
+  ) -> Float[Array, "B L D"]:
+    """`<diff>`, time and patches of every frame."""
+    chex.assert_equal_shape_prefix([frames, t], 2)
+    time_BND = self.time_token(t).astype(self.config.backbone.dtype)
+    x_BNSD = [self._marker(self.config.diff_id, frames), time_BND[:, :, None],
+              self.x_embedder(frames)]
+    return einops.rearrange(jnp.concatenate(x_BNSD, axis=2), "B n S D -> B (n S) D")
+
+  def _marker(self, row: int, frames: Float[Array, "B n h w C"]) -> Float[Array, "B n 1 D"]:
+    token_D = jnp.asarray(self.embed_tokens)[row].astype(self.config.backbone.dtype)
+    return jnp.broadcast_to(token_D, (*frames.shape[:2], 1, token_D.shape[0]))
+
+  def _run(
+      self,
+      x_BLD: Float[Array, "B L D"],
+      blocks: layout.FrameBlocks,
+      cells: tuple[int, ...],
+      *,
+      prefix: Prefix | None = None,
+      past: cache_lib.Past | None = None,
+      capture: tuple[int, ...] = (),
+      keep: bool = False,
+  ) -> tuple[Float[Array, "B L D"], dict[int, Array], Any]:
+    """The stack on the tokens of a prefix and of `blocks`, whose latents have h x w `cells`.
+
+    Returns:
+      The output, without the prefix's part; captured outputs; the frames' own keys and values.
+    """
+    c = self.config.backbone
+    patches = patches_per_frame(self.config, *cells)
     prefix_size = 0 if prefix is None else prefix.embeddings.shape[1]
     # A mesh that splits the sequence wants as many tokens for each device, in whole tiles of
     # memory (libtpu 0.0.42 fails on odd numbers).
@@ -206,38 +293,29 @@ class VideoGPT(nn.Module):
     length, whole = x_BLD.shape[1], tokens.position.shape[1]
     x_BLD = jnp.pad(x_BLD, [(0, 0), (0, whole - length), (0, 0)])
     ranks = mask.ranks(tokens)
+    ranks_k = ranks if past is None else mask.concatenate(past.ranks, ranks)
     block_map = attention.plan(
-        ranks, ranks, frame_tokens=patches + layout.MARKERS, head_size=c.backbone.head_size,
-        dtype=c.backbone.dtype, implementation=c.backbone.attention)
-    cos, sin = backbone.rotary_angles(c.backbone, tokens.position)
-    context = backbone.Context(cos=cos, sin=sin, ranks=ranks, block_map=block_map)
+        ranks, ranks_k, frame_tokens=patches + layout.MARKERS, head_size=c.head_size,
+        dtype=c.dtype, implementation=c.attention)
+    cos, sin = backbone.rotary_angles(c, tokens.position)
+    context = backbone.Context(cos=cos, sin=sin, ranks_q=ranks, ranks_k=ranks_k,
+                               block_map=block_map)
     x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "embed"))
-    x_BLD, hidden = backbone.Backbone(c.backbone, name="backbone")(x_BLD, context, capture)
+    x_BLD, hidden, own = self.backbone(x_BLD, context, None if past is None else past.tokens,
+                                       capture=capture, keep=keep)
+    if own is not None:
+      own = jax.tree.map(lambda x: x[:, :, prefix_size:length], own)
+    return x_BLD[:, prefix_size:length], hidden, own
 
-    noisy_tokens = noisy.shape[1] * (patches + layout.MARKERS)
-    x_BNSD = x_BLD[:, length - noisy_tokens:length].reshape(
-        *noisy.shape[:2], -1, c.backbone.hidden_size)
-    time_BND = TimeEmbed(c, name="t_embedder")(t)
-    x_BNPO = FinalLayer(c, name="final_layer")(x_BNSD[:, :, layout.MARKERS:], time_BND)
-    x1 = einops.rearrange(x_BNPO, "B N (y x) (p q C) -> B N (y p) (x q) C",
-                          y=height // c.patch_size, p=c.patch_size, q=c.patch_size)
-    return Output(x1=x1, hidden=hidden)
-
-  def _embed(self, clean: Array, noisy: Array, t: Array) -> Float[Array, "B M S D"]:
-    """Markers, time and patches of every block, clean ones first."""
-    c = self.config
-    D = c.backbone.hidden_size
-    init: Any = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
-    table_VD: Array = self.param("embed_tokens", init, (c.vocab_size, D), jnp.float32)
-    table_VD = table_VD.astype(c.backbone.dtype)
-    marker = lambda row, frames: jnp.broadcast_to(table_VD[row], (*frames.shape[:2], 1, D))
-    clean_BNPD = PatchEmbed(c, name="input_x_embedder")(clean)
-    noisy_BNPD = PatchEmbed(c, name="x_embedder")(noisy)
-    time_BND = TimeEmbed(c, name="time_token")(t).astype(c.backbone.dtype)
-    return jnp.concatenate([
-        jnp.concatenate([marker(c.img_id, clean), clean_BNPD, marker(c.end_img_id, clean)], axis=2),
-        jnp.concatenate([marker(c.diff_id, noisy), time_BND[:, :, None], noisy_BNPD], axis=2),
-    ], axis=1)
+  def _read(
+      self, x_BLD: Float[Array, "B L D"], noisy: Float[Array, "B n h w C"], t: Float[Array, "B n"]
+  ) -> Float[Array, "B n h w C"]:
+    """The clean latents that the stack's output says, for the `noisy` frames at times `t`."""
+    x_BNSD = x_BLD.reshape(*noisy.shape[:2], -1, x_BLD.shape[-1])
+    x_BNPO = self.final_layer(x_BNSD[:, :, layout.MARKERS:], self.t_embedder(t))
+    p = self.config.patch_size
+    return einops.rearrange(x_BNPO, "B n (y x) (p q C) -> B n (y p) (x q) C",
+                            y=noisy.shape[2] // p, p=p, q=p)
 
 
 def predict(
@@ -267,9 +345,16 @@ def init_params(config: Config, seed: int) -> Any:
                       layout.prediction(1, 1))["params"]
 
 
+def rounded(name: str) -> bool:
+  """Whether the model uses the parameter at the path `name` only in its compute type."""
+  return name in ("embed_tokens", "x_embedder/kernel", "input_x_embedder/kernel") or (
+      name.removeprefix("backbone/layers/") in backbone.MATRICES)
+
+
 def abstract_params(config: Config) -> dict[str, Any]:
   """The parameter tree of a model as shapes and types (without axis names)."""
-  return nn.meta.unbox(jax.eval_shape(lambda: init_params(config, 0)))
+  # Unboxed inside: under a mesh that is where sharding constraints can be met.
+  return jax.eval_shape(lambda: nn.meta.unbox(init_params(config, 0)))
 
 
 def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:

@@ -181,3 +181,14 @@ def parameters(source: Source, place: Callable[[str, np.ndarray], Any]) -> dict[
   """
   found = {name: place(name, leaf.read(np.float32)) for name, leaf in source.leaves.items()}
   return traverse_util.unflatten_dict(found, sep="/")
+
+
+def computed_types(params: Any, dtype: Any) -> Any:
+  """Parameters as prediction keeps them: what the model rounds to `dtype` anyway, rounded.
+
+  The result of the model is the same bit by bit, in half the memory under bfloat16. Norms,
+  time embeddings, the last layer and biases are computed in float32 and stay so.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  return traverse_util.unflatten_dict(
+    {name: x.astype(dtype) if model_lib.rounded(name) else x for name, x in flat.items()}, sep="/")

@@ -148,6 +148,19 @@ def attend(
   return run(q, k, v, ranks_q, ranks_k, block_map)
 
 
+def by_heads(x: Float[Array, "B Lk G E"]) -> Float[Array, "B Lk G E"]:
+  """Keys or values laid out over the mesh as attention wants them: whole sequences, heads split.
+
+  What is kept for many calls then needs no exchange in any of them. Heads that the mesh
+  cannot split stay whole; `attend` sees to them.
+  """
+  if sharding.size(*sharding.BATCH_AXES, *sharding.HEAD_AXES) == 1:
+    return x
+  split = x.shape[-2] % sharding.size(*sharding.HEAD_AXES) == 0
+  spec = PartitionSpec(*[None] * (x.ndim - 4), *(_HEADS if split else _ROWS))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
 def _check(q: Array, k: Array, ranks_q: mask.Ranks, ranks_k: mask.Ranks,
            block_map: blocks.BlockMap) -> None:
   """Raises `ValueError` for what the kernels would compute wrongly, or never finish."""
@@ -176,4 +189,4 @@ def _enough_heads(heads: int, k: Array, v: Array) -> tuple[Array, Array]:
   return jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
 
 
-__all__ = ["IMPLEMENTATIONS", "OUTPUT", "attend", "plan", "resolve", "unavailable"]
+__all__ = ["IMPLEMENTATIONS", "OUTPUT", "attend", "by_heads", "plan", "resolve", "unavailable"]
