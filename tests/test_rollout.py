@@ -1,7 +1,9 @@
 """Rollouts: the cache against full recomputation, windows, samplers' keys, what is refused."""
 
+import dataclasses
 import itertools
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ import pytest
 
 import golden_videogpt as golden
 from videogpt_jax import cache as cache_lib
+from videogpt_jax import model as model_lib
 from videogpt_jax import rollout
-from videogpt_jax import weights
 from videogpt_jax.benchmarks import rollout as benchmark
 
 _CELL = (4, 4, 4)
@@ -87,17 +89,23 @@ def test_rolling_keeps_what_frames_saw_when_they_entered(history):
     cache, done = rollout.extend(config, params, cache, video[:, start:start + 2]), done + 2
 
 
+def _rounded(params):
+  """Parameters in the types in which `weights.load` places them."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  return traverse_util.unflatten_dict(
+    {name: x.astype(jnp.bfloat16) if model_lib.rounded(name) else x for name, x in flat.items()},
+    sep="/")
+
+
 def test_bfloat16_is_close_to_float32(history):
   """The figure for a real model stands in docs/prediction.md; here two layers of random weights."""
-  import dataclasses
-
   config, params = golden.load_model("a")
   stack = dataclasses.replace(config.backbone, dtype=jnp.bfloat16)
   half = dataclasses.replace(config, backbone=stack)
   arguments = {"num_frames": 4, "clip_frames": 2, "sampler": rollout.Sampler(4, 1.5),
                "window": rollout.Window(6), "rng": jax.random.key(0)}
   exact = rollout.generate(config, params, history, **arguments)
-  rounded = rollout.generate(half, weights.computed_types(params, jnp.bfloat16), history,
+  rounded = rollout.generate(half, _rounded(params), history,
                              **arguments)
   unrounded = rollout.generate(half, params, history, **arguments)
   assert rounded.dtype == jnp.float32  # the sampler's state

@@ -67,10 +67,9 @@ def test_order(method, order):
   assert 0.8 * order < np.log2(few / many) / 2 < 1.3 * order
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_second_order_beats_euler_at_the_same_number_of_predictions(shift):
+def test_second_order_beats_euler_at_the_same_number_of_predictions():
   (euler,), (heun,), (multistep,) = (
-    _errors(method, (steps,), shift)
+    _errors(method, (steps,), 1.0)
     for method, steps in (("euler", 20), ("heun", 10), ("multistep", 20)))
   assert multistep < 0.4 * euler
   assert heun < euler

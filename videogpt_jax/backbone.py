@@ -332,4 +332,5 @@ class Backbone(nn.Module):
                     metadata_params={nn.PARTITION_NAME: "layers"})
     x_BLD, (outputs, own) = stack(c, capture=bool(capture), keep=keep, name="layers")(
         x_BLD, context, past)
-    return RMSNorm(c, name="norm")(x_BLD), {i: outputs[i] for i in capture}, own
+    captured = {i: outputs[i] for i in capture} if outputs is not None else {}
+    return RMSNorm(c, name="norm")(x_BLD), captured, own

@@ -62,8 +62,8 @@ def empty(config: backbone.Config, batch: int, slots: int, frame_tokens: int) ->
 
 def drop(cache: Cache, frames: Int[Array, ""] | int) -> Cache:
   """The cache without its `frames` oldest frames, of which there are as many."""
-  return cache.replace(first=(cache.first + frames) % max(1, cache.slots),
-                       count=cache.count - frames)
+  return Cache(cache.keys, cache.values, (cache.first + frames) % max(1, cache.slots),
+               cache.count - frames)
 
 
 def append(cache: Cache, tokens: backbone.KeysValues) -> Cache:
@@ -86,8 +86,8 @@ def append(cache: Cache, tokens: backbone.KeysValues) -> Cache:
     new = einops.rearrange(new, "Y B (n S) G E -> Y B n S G E", S=size)
     return _laid_out(ring.at[:, :, at].set(new.astype(ring.dtype)))
 
-  return cache.replace(keys=write(cache.keys, tokens.keys),
-                       values=write(cache.values, tokens.values), count=cache.count + frames)
+  return Cache(write(cache.keys, tokens.keys), write(cache.values, tokens.values), cache.first,
+               cache.count + frames)
 
 
 def past(config: backbone.Config, cache: Cache) -> Past:

@@ -6,6 +6,7 @@ and `decode` lead back to frames. A codec is described by the JSON-able dict of
 `spec()`, which stands in a data set's metadata and beside exported weights.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
 from typing import Any, Protocol
@@ -51,6 +52,14 @@ class Codec(Protocol):
 
   def denormalize(self, latents: jax.Array) -> jax.Array:
     """The inverse of `normalize`, without rounding."""
+
+  def start_decode(self, latents: jax.Array) -> Callable[[], np.ndarray]:
+    """Starts to decode what the model predicted, [..., h, w, C] as it sees latents.
+
+    Returns:
+      A function that waits for the frames `uint8 [..., H, W, 3]`. Until it is called, the
+      device works on what it was given before and after.
+    """
 
   def spec(self) -> dict[str, Any]:
     """A JSON-able description from which `from_spec` builds the same codec."""
@@ -115,6 +124,10 @@ class Pixels:
   def denormalize(self, latents: jax.Array) -> jax.Array:
     return (jnp.asarray(latents, jnp.float32) / self.scale + self.shift) * 255.0
 
+  def start_decode(self, latents: jax.Array) -> Callable[[], np.ndarray]:
+    pixels = self.denormalize(latents)
+    return lambda: self.decode(jax.device_get(pixels))
+
   def spec(self) -> dict[str, Any]:
     return {"id": "pixels", **dataclasses.asdict(self)}
 
@@ -168,14 +181,16 @@ class Vae:
       raise InputError(f"frames of {height}x{width} px do not divide into latent cells of "
                        f"{self.block} px")
     run, _ = _autoencoder(self)
-    means = _in_batches(run, frames.reshape(-1, height, width, colours))
+    flat = frames.reshape(-1, height, width, colours)
+    means = _joined(_batches(run, flat), len(flat))
     return means.reshape(*lead, *means.shape[1:]).astype(self.dtype)
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Frames, rounded and clipped; see `Codec.decode`."""
     lead = latents.shape[:-3]
     _, run = _autoencoder(self)
-    frames = _in_batches(run, np.asarray(latents).reshape(-1, *latents.shape[-3:]))
+    flat = np.asarray(latents).reshape(-1, *latents.shape[-3:])
+    frames = _joined(_batches(run, flat), len(flat))
     return frames.reshape(*lead, *frames.shape[1:])
 
   def normalize(self, latents: jax.Array) -> jax.Array:
@@ -183,6 +198,18 @@ class Vae:
 
   def denormalize(self, latents: jax.Array) -> jax.Array:
     return jnp.asarray(latents, jnp.float32) / self.scale + self.shift
+
+  def start_decode(self, latents: jax.Array) -> Callable[[], np.ndarray]:
+    lead = latents.shape[:-3]
+    _, run = _autoencoder(self)
+    flat = self.denormalize(latents).reshape(-1, *latents.shape[-3:])
+    parts = list(_batches(run, flat))  # all under way before anybody waits for the first
+
+    def wait() -> np.ndarray:
+      frames = _joined(parts, len(flat))
+      return frames.reshape(*lead, *frames.shape[1:])
+
+    return wait
 
   def spec(self) -> dict[str, Any]:
     settings = dataclasses.asdict(self)
@@ -216,15 +243,18 @@ def _autoencoder(codec: Vae) -> tuple[Any, Any]:
   return functools.partial(encode, params), functools.partial(decode, params)
 
 
-def _in_batches(run: Any, x: np.ndarray) -> np.ndarray:
+def _batches(run: Any, x: Any) -> Iterator[jax.Array]:
   """`run` on a few frames at a time, the last ones padded: one compilation, bounded memory."""
   size = min(_FRAMES_AT_ONCE, len(x))
-  out = []
+  pad = jnp.pad if isinstance(x, jax.Array) else np.pad
   for start in range(0, len(x), size):
     part = x[start:start + size]
-    missing = [(0, size - len(part))] + [(0, 0)] * (x.ndim - 1)
-    out.append(np.asarray(run(np.pad(part, missing)))[:len(part)])
-  return np.concatenate(out)
+    yield run(pad(part, [(0, size - len(part))] + [(0, 0)] * (x.ndim - 1)))
+
+
+def _joined(parts: Iterable[jax.Array], count: int) -> np.ndarray:
+  """What `_batches` made of `count` frames, on the host."""
+  return np.concatenate([np.asarray(part) for part in parts])[:count]
 
 
 _CODECS = {"pixels": Pixels, "vae": Vae}

@@ -17,8 +17,11 @@ from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import model as model_lib
 from videogpt_jax import objective as objective_lib
+from videogpt_jax import rollout
+from videogpt_jax import sampler as sampler_lib
 from videogpt_jax import step as step_lib
 from videogpt_jax.errors import InputError
+from videogpt_jax.sampler import Sampler
 
 
 def default() -> ConfigDict:
@@ -191,11 +194,16 @@ def _sample() -> ConfigDict:
   c = ConfigDict()
   c.history = 4
   c.clip_frames = 4
+  c.method = "euler"  # euler, heun, multistep
   c.steps = 20
-  c.guidance = 1.0
   c.shift = 1.0
-  c.history_noise = 0.0  # on the history from the second clip on, drawn anew for every clip
+  c.guidance = 1.0
+  c.guidance_decay = 0.0  # d; the weight at time t is 1 + (guidance - 1) (1 - t)^d
+  c.guidance_range = (0.0, 1.0)  # times between which there is guidance
   c.window = 0  # frames; 0: data.frames
+  c.window_mode = "recompute"  # when frames leave: recompute, rolling
+  c.history_noise = 0.0  # on generated clips when they become history
+  c.redraw_noise = False  # on all of the history, anew for every clip (published)
   return c
 
 
@@ -213,7 +221,7 @@ def validate(config: ConfigDict) -> None:
               "train.accumulation", "train.max_bad_steps", "optimizer.clip_norm",
               "checkpoint.every", "checkpoint.keep", "log.every", "log.validate_every",
               "log.validation_batches", "log.videos_every", "sample.history",
-              "sample.clip_frames", "sample.steps", "sample.shift")
+              "sample.clip_frames")
   not_negative = ("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.cooldown_steps",
                   "optimizer.weight_decay", "data.workers", "log.videos", "sample.window")
   for names, fits, wanted in ((positive, lambda x: x > 0, "positive"),
@@ -300,13 +308,20 @@ def _validate_clips(config: ConfigDict) -> None:
                      f"config.data.frames {frames}")
   if not 0 <= config.clips.beta <= 1:
     raise InputError(f"config.clips.beta must be in [0, 1], got {config.clips.beta}")
-  if not 0 <= config.sample.history_noise < 1:
-    raise InputError("config.sample.history_noise must be in [0, 1), got "
-                     f"{config.sample.history_noise}")
+  _validate_sample(config)
   window = config.sample.window or frames
   if config.sample.clip_frames > window:
     raise InputError(f"config.sample.clip_frames {config.sample.clip_frames} does not fit the "
                      f"window of {window} frames")
+
+
+def _validate_sample(config: ConfigDict) -> None:
+  sample = config.sample
+  sampler = Sampler(**{field.name: sample[field.name] for field in dataclasses.fields(Sampler)})
+  window = rollout.Window(sample.window, sample.window_mode, sample.history_noise,
+                          sample.redraw_noise)
+  if (problem := sampler_lib.problem(sampler) or rollout.problem(window)):
+    raise InputError(f"config.sample.{problem}")
 
 
 def _one_of(config: ConfigDict, name: str, known: tuple[str, ...]) -> None:

@@ -12,7 +12,6 @@ configuration, whatever configuration the model was trained with: `loss.json`, `
 """
 
 from collections.abc import Sequence
-import json
 import os
 import pathlib
 import time
@@ -25,6 +24,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from videogpt_jax import cli
+from videogpt_jax import files
 from videogpt_jax import telemetry
 from videogpt_jax import weights as weights_lib
 from videogpt_jax.errors import InputError
@@ -88,7 +88,7 @@ def evaluate(weights: weights_lib.Weights, out: str | pathlib.Path, *, videos: i
   if workdir is not None:
     summary |= _training(pathlib.Path(workdir), out)
     summary["seconds"] = round(summary["train_seconds"] + summary["evaluation_seconds"], 1)
-  _write_json(out / SUMMARY, summary)
+  files.write_json(out / SUMMARY, summary)
   best = min(summary["mse_baselines"], key=summary["mse_baselines"].get)
   print(f"MSE {summary['mse_model']:.5f}, best pixel baseline ({best}) "
         f"{summary['mse_baselines'][best]:.5f}")
@@ -138,12 +138,6 @@ def _training(workdir: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
           "loss_curve": str(curve)}
 
 
-def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-  os.replace(temporary, path)
-
-
 def define_flags() -> None:
   """The command's flags."""
   flags.DEFINE_enum("benchmark", "world", ["world", "loss"], "What to measure.")
@@ -170,7 +164,7 @@ def main() -> None:
     losses = held_out_loss(f.config, [path for path in f.checkpoint.split(",") if path])
     for name, values in losses.items():
       print(f"{values['loss']:.6f}  {name}")
-    _write_json(folder / "loss.json", {"config": f.config.to_dict(), "held_out": losses})
+    files.write_json(folder / "loss.json", {"config": f.config.to_dict(), "held_out": losses})
     print(f"wrote {folder / 'loss.json'}")
     telemetry.plot_held_out(losses, folder / "loss.png")
     print(f"wrote {folder / 'loss.png'}")

@@ -54,20 +54,24 @@ class Window:
   history_noise: float = 0.0
   redraw: bool = False
 
-  @property
-  def problem(self) -> str:
-    """What makes these settings impossible; empty if they make sense."""
-    for wrong, reason in (
-        (self.frames < 0, f"window must be at least 0 frames, got {self.frames}"),
-        (self.mode not in MODES, f"window mode is {self.mode!r}; known: {', '.join(MODES)}"),
-        (not 0 <= self.history_noise < 1,
-         f"history_noise must be in [0, 1), got {self.history_noise}"),
-        (self.redraw and self.mode != "recompute",
-         "noise can be drawn anew (redraw) only where the history is encoded anew: mode "
-         "recompute")):
-      if wrong:
-        return reason
-    return ""
+
+EULER = Sampler()
+UNLIMITED = Window()
+
+
+def problem(window: Window) -> str:
+  """What makes the settings of a window impossible; empty if they make sense."""
+  for wrong, reason in (
+      (window.frames < 0, f"window must be at least 0 frames, got {window.frames}"),
+      (window.mode not in MODES,
+       f"window_mode is {window.mode!r}; known: {', '.join(MODES)}"),
+      (not 0 <= window.history_noise < 1,
+       f"history_noise must be in [0, 1), got {window.history_noise}"),
+      (window.redraw and window.mode != "recompute",
+       "redraw_noise works only where the history is encoded anew: window_mode recompute")):
+    if wrong:
+      return reason
+  return ""
 
 
 def kept_history(history: int, generated: int, window: int) -> int:
@@ -169,8 +173,8 @@ def generate(
     *,
     num_frames: int,
     clip_frames: int,
-    sampler: Sampler = Sampler(),
-    window: Window = Window(),
+    sampler: Sampler = EULER,
+    window: Window = UNLIMITED,
     rng: PRNGKeyArray,
 ) -> Float[Array, "B n h w C"]:
   """Continues `history` by `num_frames` frames; see `clips`. Returns the new frames only."""
@@ -186,10 +190,10 @@ def clips(
     *,
     clip_frames: int | Sequence[int],
     num_frames: int | None = None,
-    sampler: Sampler = Sampler(),
-    window: Window = Window(),
+    sampler: Sampler = EULER,
+    window: Window = UNLIMITED,
     rng: PRNGKeyArray,
-    finished: Sequence[Float[Array, "B g h w C"]] = (),
+    finished: Iterable[Float[Array, "B g h w C"]] = (),
 ) -> Iterator[Float[Array, "B g h w C"]]:
   """Continues `history` clip by clip; a clip is yielded when its computation has been started.
 
@@ -213,13 +217,13 @@ def clips(
     ValueError: settings that make no sense, a clip longer than the window, or an endless
       rollout without a window.
   """
-  problem = window.problem or sampler_lib.problem(sampler)
-  if problem:
-    raise ValueError(problem)
+  if (reason := problem(window) or sampler_lib.problem(sampler)):
+    raise ValueError(reason)
   endless = num_frames is None and isinstance(clip_frames, int)
-  lengths = [clip_frames] if endless else clip_lengths(num_frames, clip_frames)
-  if min(lengths, default=1) < 1:
-    raise ValueError(f"a clip needs at least 1 frame, got {min(lengths)}")
+  if not isinstance(clip_frames, int):
+    lengths = list(clip_frames)
+  else:
+    lengths = clip_lengths(clip_frames if num_frames is None else num_frames, clip_frames)
   if endless and not window.frames:
     raise ValueError("without an end (num_frames None) there must be a window")
   past = _History(config, params, window, rng)
@@ -230,24 +234,25 @@ def clips(
                 finished)
 
 
-def clip_lengths(num_frames: int | None, clip_frames: int | Sequence[int]) -> list[int]:
-  """Frames of each clip of `num_frames` frames in all, the last one perhaps shorter."""
-  if not isinstance(clip_frames, int):
-    return list(clip_frames)
-  assert num_frames is not None
+def clip_lengths(num_frames: int, clip_frames: int) -> list[int]:
+  """Frames of each clip of `num_frames` frames in all, the last one perhaps shorter.
+
+  Raises:
+    ValueError: a clip of no frames.
+  """
   if clip_frames < 1:
-    return [clip_frames]
+    raise ValueError(f"a clip needs at least 1 frame, got {clip_frames}")
   return [min(clip_frames, num_frames - done) for done in range(0, num_frames, clip_frames)]
 
 
 def _clips(past: "_History", lengths: Iterable[int], shape: tuple[int, ...], sampler: Sampler,
-           finished: Sequence[Array]) -> Iterator[Array]:
+           finished: Iterable[Array]) -> Iterator[Array]:
+  finished = iter(finished)
   for index, generated in enumerate(lengths):
     size = (shape[0], generated, *shape[2:])
     cache = past.before_clip(index, generated)
-    if index < len(finished):
-      clip = jnp.asarray(finished[index])
-    else:
+    clip = next(finished, None)
+    if clip is None:
       clip = denoise_clip(past.config, past.params, cache, draw_noise(past.rng, index, size),
                           sampler)
       yield clip
@@ -307,7 +312,8 @@ class _History:
 
   def _last(self, count: int) -> Array:
     """The last `count` frames."""
-    parts, have = [], 0
+    parts: list[Array] = []
+    have = 0
     for frames in reversed(self._frames):
       if have < count or not parts:
         parts.insert(0, frames)

@@ -9,7 +9,9 @@ grid alone. They are computed once, in float64; the steps themselves are one sca
 
 from collections.abc import Callable
 import dataclasses
+import itertools
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -117,7 +119,8 @@ def integrate(
   else:
     x1_of = lambda z, row: jax.lax.cond(row.guidance != 1, guided, plain, z, row)
 
-  def evaluate(carry: tuple[Array, Array, Array], row: _Table) -> tuple[tuple[Array, ...], None]:
+  def evaluate(carry: tuple[Array, Array, Array], row: _Table
+               ) -> tuple[tuple[Array, Array, Array], None]:
     z, begin, before = carry
     x1 = x1_of(z, row).astype(jnp.float32)
     begin = jnp.where(row.begins, z, begin)
@@ -134,23 +137,23 @@ def integrate(
 class _Table:
   """A method on a grid: a row for each prediction of the model.
 
-  At time `t` the model predicts x1 from z; then z becomes a combination of z, of z at the
-  `begin` of the step, of x1 and of the x1 `before`.
+  All are [n]. At time `t` the model predicts x1 from z; then z becomes a combination of z, of
+  z at the `begin` of the step, of x1 and of the x1 `before`.
   """
 
-  t: Float[np.ndarray, "n"]
-  guidance: Float[np.ndarray, "n"]
-  begins: Float[np.ndarray, "n"]  # whether z is now at the begin of a step
-  of_z: Float[np.ndarray, "n"]
-  of_begin: Float[np.ndarray, "n"]
-  of_x1: Float[np.ndarray, "n"]
-  of_before: Float[np.ndarray, "n"]
+  t: Any
+  guidance: Any
+  begins: Any  # whether z is now at the begin of a step
+  of_z: Any
+  of_begin: Any
+  of_x1: Any
+  of_before: Any
 
 
 def _table(sampler: Sampler) -> _Table:
   grid = time_grid(sampler.steps, sampler.shift)
   rows = []
-  for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+  for i, (t, t_next) in enumerate(itertools.pairwise(grid)):
     s, s_next = 1 - t, 1 - t_next
     ratio, extrapolated = s_next / s, 0.0
     if sampler.method == "multistep" and i:

@@ -5,10 +5,10 @@ only this table says which of them are split over which mesh axis. Code that run
 `jax.set_mesh` and `logical_rules()` is sharded; without them everything is on one device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from videogpt_jax.errors import InputError
+
+Item = TypeVar("Item")
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -62,6 +64,34 @@ def use(mesh: Mesh):
   """Traces what runs inside for `mesh`, with the table above."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield
+
+
+def under(mesh: Mesh | None, items: Iterator[Item]) -> Iterator[Item]:
+  """What a generator yields, each item computed under `use(mesh)`; None: as it is.
+
+  The context must not outlive a `yield`, so a generator cannot enter it by itself.
+  """
+  while True:
+    with contextlib.nullcontext() if mesh is None else use(mesh):
+      try:
+        item = next(items)
+      except StopIteration:
+        return
+    yield item
+
+
+def prediction_mesh(
+    samples: int, heads: int, kv_heads: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh for prediction: samples over `data`, then heads over `tensor`.
+
+  Of the devices, by default all, as many are used as samples and heads divide among.
+  """
+  devices = jax.devices() if devices is None else devices
+  data = math.gcd(samples, len(devices))
+  tensor = math.gcd(len(devices) // data, math.gcd(heads, kv_heads))
+  sizes = {"data": data, "fsdp": 1, "sequence": 1, "tensor": tensor}
+  return make_mesh(sizes, devices[:data * tensor])
 
 
 def size(*axes: str) -> int:

@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import pathlib
 import time
 from typing import Any
@@ -21,6 +20,7 @@ from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto import summary_pb2
 
+from videogpt_jax import files
 from videogpt_jax import machine
 from videogpt_jax.data import video as video_lib
 from videogpt_jax.errors import InputError
@@ -103,7 +103,7 @@ class Writer:
   ) -> pathlib.Path:
     path = self._workdir / folder / f"{name.replace('/', '_')}_{step}.{suffix}"
     path.parent.mkdir(exist_ok=True)
-    _replace(path, data)
+    files.replace(path, data)
     picture = summary_pb2.Summary.Image(
       height=size[0], width=size[1], colorspace=3, encoded_image_string=data
     )
@@ -341,7 +341,7 @@ def _save_figure(fig: Any, png: str | pathlib.Path) -> None:
   path = pathlib.Path(png)
   with _writing(path.parent):
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, buffer.getvalue())
+    files.replace(path, buffer.getvalue())
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -367,14 +367,7 @@ def _drop_tail(path: pathlib.Path, start_step: int) -> None:
   """Rewrites a metrics file without the records of `start_step` and later, atomically."""
   if path.exists():
     kept = [record for record in read_metrics(path) if record["step"] < start_step]
-    _replace(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
-def _replace(path: pathlib.Path, data: bytes) -> None:
-  """Writes a file whole or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_bytes(data)
-  os.replace(temporary, path)
+    files.replace(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 @contextlib.contextmanager

@@ -350,8 +350,8 @@ class Videos:
       seed=run.config.seed))
     codec = run.recipe.codec
     truth = codec.decode(rows.latents)
-    model = weights_lib.Weights(run.recipe.model, _on_one_device(ema), codec,
-                                run.config.to_dict(), run.workdir)
+    model = weights_lib.Weights(run.recipe.model, ema, codec, run.config.to_dict(), run.workdir,
+                                run.mesh)
     new = model.continue_video(truth[:, :sample.history], frames - sample.history,
                                rng=jax.random.key(run.config.seed))
     predicted = np.concatenate([truth[:, :sample.history], new], axis=1)
@@ -361,10 +361,6 @@ class Videos:
       shown = video.side_by_side(columns, scale=scale, history=sample.history)
       path = run.writer.video(step, f"rollout_{i}", shown, fps=8.0)
     print(f"step {step} wrote {count} rollouts like {path}", flush=True)
-
-
-def _on_one_device(tree: Any) -> Any:
-  return jax.device_put(jax.device_get(tree), jax.local_devices()[0])
 
 
 def _latent_shape(run: Run) -> tuple[int, int, int, int]:

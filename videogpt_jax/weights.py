@@ -1,9 +1,11 @@
 """Weights: a training run, a weights folder, or those that come along; opened and loaded."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import os
 import pathlib
+import time
 from typing import Any
 
 from flax import traverse_util
@@ -17,7 +19,9 @@ from videogpt_jax import codec as codec_lib
 from videogpt_jax import folder as folder_lib
 from videogpt_jax import model as model_lib
 from videogpt_jax import rollout
+from videogpt_jax import sharding
 from videogpt_jax.errors import InputError
+from videogpt_jax.sampler import Sampler
 
 PRETRAINED = str(pathlib.Path(__file__).parent / "pretrained" / "world")
 SECTIONS = ("codec", "data", "sample")  # of a configuration, needed for prediction
@@ -42,6 +46,14 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
+class Clip:
+  """One predicted clip: as the model made it, and as frames."""
+
+  latents: Float[np.ndarray, "B g h w C"]
+  frames: UInt8[np.ndarray, "B g H W 3"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
   """A model ready to predict.
 
@@ -51,6 +63,7 @@ class Weights:
     codec: of its latents.
     config: the sections `data`, `sample` and `world` of the run that trained it.
     path: where it was loaded from.
+    mesh: of devices, over which the parameters lie; None: everything is on one.
   """
 
   model: model_lib.Config
@@ -58,18 +71,12 @@ class Weights:
   codec: codec_lib.Codec
   config: dict[str, Any]
   path: str
+  mesh: jax.sharding.Mesh | None = None
 
   @property
   def frame_size(self) -> tuple[int, int]:
     """(height, width) in px that the model was trained on."""
     return self.config["data"]["height"], self.config["data"]["width"]
-
-  @property
-  def sampler(self) -> rollout.Sampler:
-    """The sampler of the run's configuration."""
-    sample = self.config["sample"]
-    return rollout.Sampler(sample["steps"], sample["guidance"], sample["shift"],
-                           sample.get("history_noise", 0.0))
 
   def continue_video(
     self,
@@ -77,25 +84,102 @@ class Weights:
     num_frames: int,
     *,
     clip_frames: int | None = None,
-    sampler: rollout.Sampler | None = None,
-    window: int | None = None,
+    sampler: Sampler | None = None,
+    window: rollout.Window | None = None,
     rng: PRNGKeyArray,
   ) -> UInt8[np.ndarray, "B n H W 3"]:
-    """Predicts the `num_frames` frames after `frames`; defaults as in the run's configuration."""
-    sample = self.config["sample"]
-    latents: Float[Array, "B h_ h w C"] = self.codec.normalize(
-      jnp.asarray(self.codec.encode(frames)))
-    new = rollout.generate(
-      self.model,
-      self.params,
-      latents,
-      num_frames=num_frames,
-      clip_frames=clip_frames or sample["clip_frames"],
-      sampler=sampler or self.sampler,
-      window=(sample["window"] or self.config["data"]["frames"]) if window is None else window,
-      rng=rng,
-    )
-    return self.codec.decode(jax.device_get(self.codec.denormalize(new)))
+    """Predicts the `num_frames` frames after `frames`; see `stream`."""
+    clips = self.stream(frames, num_frames, clip_frames=clip_frames, sampler=sampler,
+                        window=window, rng=rng)
+    return np.concatenate([clip.frames for clip in clips], axis=1)
+
+  def stream(
+    self,
+    frames: UInt8[np.ndarray, "B h_ H W 3"],
+    num_frames: int | None,
+    *,
+    clip_frames: int | None = None,
+    sampler: Sampler | None = None,
+    window: rollout.Window | None = None,
+    rng: PRNGKeyArray,
+    finished: Sequence[Float[np.ndarray, "B g h w C"]] = (),
+  ) -> Iterator[Clip]:
+    """Continues videos clip by clip: one is decoded and yielded while the next is computed.
+
+    Memory does not grow with what has been predicted, where there is a window.
+
+    Args:
+      frames: the videos' first frames.
+      num_frames: frames to predict; None: without end.
+      clip_frames: frames of a clip; this and the next two default to the run's configuration.
+      sampler: how a clip is denoised.
+      window: what it sees of the video before it.
+      rng: key of the noise.
+      finished: latents of the first clips, from a call that did not come to its end; they are
+        yielded, but not computed again.
+
+    Raises:
+      ValueError: see `rollout.clips`.
+    """
+    clips = self._clips(np.asarray(frames), num_frames, clip_frames, sampler, window, rng, finished)
+    return sharding.under(self.mesh, clips)
+
+  def _clips(self, given: np.ndarray, num_frames: int | None, clip_frames: int | None,
+             sampler: Sampler | None, window: rollout.Window | None, rng: PRNGKeyArray,
+             finished: Sequence[np.ndarray]) -> Iterator[Clip]:
+    count = len(given)
+    rows = functools.partial(_whole_rows, multiple=sharding.size(*sharding.BATCH_AXES))
+    place = (jnp.asarray if self.mesh is None
+             else functools.partial(jax.device_put, device=sharding.rows(self.mesh)))
+    history = self.codec.normalize(place(rows(self.codec.encode(given))))
+    clips = rollout.clips(
+      self.model, self.params, history, num_frames=num_frames,
+      clip_frames=clip_frames or self.config["sample"]["clip_frames"],
+      sampler=sampler or default_sampler(self.config),
+      window=window or default_window(self.config), rng=rng,
+      finished=(place(rows(clip)) for clip in finished))
+    for clip in finished:
+      yield Clip(clip, self.codec.start_decode(jnp.asarray(clip))())
+    before: Callable[[], Clip] | None = None
+    for latents in clips:
+      started = self._start(jnp.asarray(latents)[:count])
+      if before is not None:
+        yield before()
+      before = started
+    if before is not None:
+      yield before()
+
+  def _start(self, latents: jax.Array) -> Callable[[], Clip]:
+    frames = self.codec.start_decode(latents)
+    ready: Any = getattr(latents, "is_ready")  # noqa: B009, jax's stubs do not know it
+
+    def wait() -> Clip:
+      while not ready():  # inside jax nobody would hear a Ctrl-C
+        time.sleep(0.001)
+      return Clip(jax.device_get(latents), frames())
+
+    return wait
+
+
+def _whole_rows(x: np.ndarray, multiple: int) -> np.ndarray:
+  """`x` with its last row repeated until the rows divide among the devices of a mesh."""
+  return np.concatenate([x, *[x[-1:]] * (-len(x) % multiple)])
+
+
+def default_sampler(config: Mapping[str, Any]) -> Sampler:
+  """The sampler of a run's configuration; what is newer than the run has its default."""
+  sample = {name: tuple(x) if isinstance(x, list) else x for name, x in config["sample"].items()}
+  known: dict[str, Any] = {field.name: sample[field.name]
+                           for field in dataclasses.fields(Sampler) if field.name in sample}
+  return Sampler(**known)
+
+
+def default_window(config: Mapping[str, Any]) -> rollout.Window:
+  """The window of a run's configuration, likewise."""
+  sample = config["sample"]
+  return rollout.Window(
+    sample["window"] or config["data"]["frames"], sample.get("window_mode", "recompute"),
+    sample.get("history_noise", 0.0), sample.get("redraw_noise", False))
 
 
 def open_source(path: str = "", special_ids: Mapping[str, int] | None = None) -> Source:
@@ -145,20 +229,23 @@ def _published_config(found: folder_lib.Folder) -> dict[str, Any]:
   return config.to_dict()
 
 
-def load(path: str = "", *, attention: str = "auto", dtype: str = "auto", vae: str = "") -> Weights:
+def load(source: str | Source = "", *, attention: str = "auto", dtype: str = "auto",
+         vae: str = "", mesh: jax.sharding.Mesh | None = None) -> Weights:
   """Loads weights for prediction.
 
   Args:
-    path: see `open_source`.
+    source: what `open_source` found, or where it should look.
     attention: implementation, see `videogpt_jax.attention`.
     dtype: compute type; "auto" as in training.
     vae: where the autoencoder lies, see `videogpt_jax.vae.load`; by default where the
       weights' configuration says.
+    mesh: of devices to share the model among.
 
   Raises:
     InputError: see `open_source`; or these weights work on pixels and `vae` is given.
   """
-  source = open_source(path)
+  if isinstance(source, str):
+    source = open_source(source)
   codec = {**source.config["codec"], **({"path": vae} if vae else {})}
   if vae and codec["id"] != "vae":
     raise InputError(f"the weights {source.path} work on pixels: leave out --vae")
@@ -168,8 +255,25 @@ def load(path: str = "", *, attention: str = "auto", dtype: str = "auto", vae: s
   encoder = codec_lib.from_settings(codec)
   if vae:
     encoder.prepare()  # a wrong path is told before anything large is read
-  params = parameters(source, lambda name, array: jnp.asarray(array))
-  return Weights(model, params, encoder, source.config, source.path)
+  place = functools.partial(_placed, model.backbone.dtype, _shardings(model, mesh))
+  return Weights(model, parameters(source, place), encoder, source.config, source.path, mesh)
+
+
+def _placed(dtype: Any, shardings: Mapping[str, Any], name: str, array: np.ndarray) -> Array:
+  """A parameter on its devices, in the type in which the model uses it.
+
+  What the model rounds to its compute type anyway is kept rounded, in half the memory: the
+  result is the same bit by bit. Norms, time embeddings, the last layer and biases stay float32.
+  """
+  return jax.device_put(array.astype(dtype) if model_lib.rounded(name) else array,
+                        shardings.get(name))
+
+
+def _shardings(model: model_lib.Config, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
+  if mesh is None:
+    return {}
+  boxed = jax.eval_shape(lambda: model_lib.init_params(model, 0))
+  return traverse_util.flatten_dict(sharding.of_tree(mesh, boxed), sep="/")
 
 
 def parameters(source: Source, place: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
@@ -182,13 +286,3 @@ def parameters(source: Source, place: Callable[[str, np.ndarray], Any]) -> dict[
   found = {name: place(name, leaf.read(np.float32)) for name, leaf in source.leaves.items()}
   return traverse_util.unflatten_dict(found, sep="/")
 
-
-def computed_types(params: Any, dtype: Any) -> Any:
-  """Parameters as prediction keeps them: what the model rounds to `dtype` anyway, rounded.
-
-  The result of the model is the same bit by bit, in half the memory under bfloat16. Norms,
-  time embeddings, the last layer and biases are computed in float32 and stay so.
-  """
-  flat = traverse_util.flatten_dict(params, sep="/")
-  return traverse_util.unflatten_dict(
-    {name: x.astype(dtype) if model_lib.rounded(name) else x for name, x in flat.items()}, sep="/")

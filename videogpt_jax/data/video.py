@@ -3,7 +3,8 @@
 Frames are uint8 [T, H, W, 3]; files are decoded and encoded by PyAV, pictures by Pillow.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import fractions
 import io
@@ -17,13 +18,16 @@ import numpy as np
 from PIL import Image
 from PIL import ImageDraw
 from PIL import ImageFont
+from PIL import ImageOps
 
+from videogpt_jax import files
 from videogpt_jax.errors import InputError
 
 SUFFIXES = frozenset((
   ".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg",
   ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
 ))
+PICTURES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 _DEFAULT_FPS = 25.0  # of a stream that states none
 _CRF = "12"  # x264: hard to tell from the original
 _PAPER, _INK, _GIVEN, _PREDICTED = (255, 255, 255), (60, 60, 60), (255, 255, 255), (230, 120, 30)
@@ -116,6 +120,19 @@ def read(
   return Video(np.stack(frames), float(rate) / stride)
 
 
+def read_picture(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 H W 3"]:
+  """A picture file, turned upright, as a video of one frame.
+
+  Raises:
+    VideoError: not a picture that Pillow opens.
+  """
+  try:
+    with Image.open(path) as picture:
+      return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    raise VideoError(f"not a picture that can be read: {error}") from error
+
+
 def _check_index(stream: av.VideoStream, size: int) -> None:
   """Raises `VideoError` if the container's index leads beyond its `size` in bytes."""
   end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
@@ -123,42 +140,82 @@ def _check_index(stream: av.VideoStream, size: int) -> None:
     raise VideoError(f"cut short: {size} bytes of at least {end}")
 
 
-def write_mp4(path: str | os.PathLike[str], frames: UInt8[np.ndarray, "T H W 3"], fps: float,
-              *, lossless: bool = False) -> None:
-  """Writes H.264, atomically; plays everywhere (yuv420p) unless `lossless` (RGB).
+class Mp4Writer:
+  """Writes H.264 piece by piece; plays everywhere (yuv420p) unless `lossless` (RGB).
 
   Odd sizes are repeated by a pixel at the right and bottom edge, since yuv420p needs even ones.
+  The file appears when the writer is closed, whole as far as it was written; a writer that
+  got no frame leaves none.
 
-  Raises:
+  Raises (all methods):
     InputError: the file cannot be written.
   """
-  path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.tmp")
-  _, height, width, _ = frames.shape
-  frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-  try:
-    with av.open(os.fspath(temporary), "w", format="mp4") as container:
-      rate = fractions.Fraction(fps).limit_denominator(1001)
-      if lossless:
-        stream = container.add_stream("libx264rgb", rate=rate, options={"crf": "0"})
-        stream.pix_fmt = "rgb24"
-      else:
-        # mbtree reads memory that nobody wrote (see the test with MALLOC_PERTURB_).
-        stream = container.add_stream("libx264", rate=rate,
-                                      options={"crf": _CRF, "x264-params": "mbtree=0"})
-        stream.pix_fmt = "yuv420p"
-      stream.height, stream.width = frames.shape[1:3]
-      # How x264 cuts the work depends on the number of cores: with one thread a video is the
-      # same file on every machine.
-      stream.codec_context.thread_count = 1
+
+  def __init__(self, path: str | os.PathLike[str], fps: float, *, lossless: bool = False) -> None:
+    self._path = pathlib.Path(path)
+    self._temporary = self._path.with_name(f".{self._path.name}.tmp")
+    self._rate, self._lossless = fractions.Fraction(fps).limit_denominator(1001), lossless
+    self._stream: av.VideoStream | None = None
+    with self._writing():
+      self._container = av.open(os.fspath(self._temporary), "w", format="mp4")
+
+  def append(self, frames: UInt8[np.ndarray, "T H W 3"]) -> None:
+    """Writes frames after those before, all of one size."""
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with self._writing():
+      if self._stream is None:
+        self._stream = self._open_stream(*frames.shape[1:3])
       for frame in frames:
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-      container.mux(stream.encode())
-    os.replace(temporary, path)
-  except OSError as error:
-    raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-  finally:
-    temporary.unlink(missing_ok=True)
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        self._container.mux(self._stream.encode(picture))
+
+  def close(self) -> None:
+    """Ends the file and puts it in its place."""
+    try:
+      with self._writing():
+        if self._stream is not None:
+          self._container.mux(self._stream.encode())
+        self._container.close()
+        if self._stream is not None:
+          os.replace(self._temporary, self._path)
+    finally:
+      self._temporary.unlink(missing_ok=True)
+
+  def __enter__(self) -> "Mp4Writer":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def _open_stream(self, height: int, width: int) -> av.VideoStream:
+    if self._lossless:
+      stream = self._container.add_stream("libx264rgb", rate=self._rate, options={"crf": "0"})
+      stream.pix_fmt = "rgb24"
+    else:
+      # mbtree reads memory that nobody wrote (see the test with MALLOC_PERTURB_).
+      stream = self._container.add_stream("libx264", rate=self._rate,
+                                          options={"crf": _CRF, "x264-params": "mbtree=0"})
+      stream.pix_fmt = "yuv420p"
+    stream.height, stream.width = height, width
+    # How x264 cuts the work depends on the number of cores: with one thread a video is the
+    # same file on every machine.
+    stream.codec_context.thread_count = 1
+    return stream
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+
+def write_mp4(path: str | os.PathLike[str], frames: UInt8[np.ndarray, "T H W 3"], fps: float,
+              *, lossless: bool = False) -> None:
+  """Writes a whole video; see `Mp4Writer`."""
+  with Mp4Writer(path, fps, lossless=lossless) as writer:
+    writer.append(frames)
 
 
 def write_gif(target: str | os.PathLike[str] | BinaryIO, frames: UInt8[np.ndarray, "T H W 3"],
@@ -181,15 +238,14 @@ def write_gif(target: str | os.PathLike[str] | BinaryIO, frames: UInt8[np.ndarra
   if not isinstance(target, (str, os.PathLike)):
     target.write(buffer.getvalue())
     return
-  path = pathlib.Path(target)
-  temporary = path.with_name(f".{path.name}.tmp")
-  try:
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)
-  except OSError as error:
-    raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-  finally:
-    temporary.unlink(missing_ok=True)
+  files.replace(target, buffer.getvalue())
+
+
+def write_picture(path: str | os.PathLike[str], pixels: UInt8[np.ndarray, "H W 3"]) -> None:
+  """Writes a PNG, atomically. Raises `InputError` if it cannot."""
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, "PNG")
+  files.replace(path, buffer.getvalue())
 
 
 def resize_and_crop(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int
@@ -239,12 +295,18 @@ def side_by_side(columns: Mapping[str, UInt8[np.ndarray, "T H W 3"]], scale: int
   return np.concatenate(parts, axis=2)
 
 
-def contact_sheet(videos: Sequence[UInt8[np.ndarray, "T H W 3"]], scale: int = 1
-                  ) -> UInt8[np.ndarray, "h w 3"]:
-  """One picture: a video a row, a frame a column."""
-  rows = [np.concatenate(list(np.pad(enlarge(v, scale), ((0, 0), (1, 1), (1, 1), (0, 0)))), axis=1)
-          for v in videos]
-  return np.concatenate(rows, axis=0)
+def contact_sheet(rows: Mapping[str, UInt8[np.ndarray, "T H W 3"]], columns: Sequence[str],
+                  scale: int = 1) -> UInt8[np.ndarray, "h w 3"]:
+  """One picture: a titled video a row, a titled frame a column, pixels enlarged by `scale`."""
+  frame = lambda x: list(np.pad(enlarge(x, scale), ((0, 0), (1, 1), (1, 1), (0, 0))))
+  sheet = np.concatenate([np.concatenate(frame(x), axis=1) for x in rows.values()], axis=0)
+  height, width = sheet.shape[0] // len(rows), sheet.shape[1] // len(columns)
+  margin = 2 * _BORDER + max(int(ImageFont.load_default().getlength(title)) for title in rows)
+  top = [_text(title, _TITLE, size) for title, size in
+         (("", margin), *((title, width) for title in columns))]
+  side = np.concatenate([_text(title, height, margin) for title in rows], axis=0)
+  return np.concatenate([np.concatenate(top, axis=1),
+                         np.concatenate([side, sheet], axis=1)], axis=0)
 
 
 def _text(text: str, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:

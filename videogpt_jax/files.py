@@ -1,0 +1,30 @@
+"""Files that appear whole or not at all."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from videogpt_jax.errors import InputError
+
+
+def replace(path: str | os.PathLike[str], data: bytes) -> None:
+  """Writes a file under a temporary name beside it, then puts it in its place.
+
+  Raises:
+    InputError: it cannot be written; what was there is whole.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.tmp")
+  try:
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+  except OSError as error:
+    raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes JSON as a person reads it; see `replace`."""
+  replace(path, (json.dumps(value, indent=2) + "\n").encode())
