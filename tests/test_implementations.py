@@ -63,7 +63,7 @@ def test_rollout(implementation):
 
   def generate(attention):
     return rollout.generate(_model(attention), _params(), history, num_frames=4, clip_frames=2,
-                            sampler=rollout.Sampler(2, guidance=2.0), window=4,
+                            sampler=rollout.Sampler(2, guidance=2.0), window=rollout.Window(4),
                             rng=jax.random.key(1))
 
   ours, theirs = generate(implementation), generate("reference")

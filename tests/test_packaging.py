@@ -11,9 +11,10 @@ import videogpt_jax
 _ROOT = pathlib.Path(videogpt_jax.__file__).parents[1]
 
 # What runs where only jax, flax and friends are installed (a bare GPU machine).
-_LEAN = ("attention", "backbone", "benchmarks.convert", "benchmarks.train_step", "cli", "codec",
+_LEAN = ("attention", "backbone", "benchmarks.convert", "benchmarks.rollout",
+         "benchmarks.train_step", "cache", "cli", "codec",
          "flops", "flow", "folder", "layout", "machine", "mask", "model", "objective", "phi3",
-         "published", "rollout", "sharding", "step", "tensors", "vae", "weights")
+         "published", "rollout", "sampler", "sharding", "step", "tensors", "vae", "weights")
 _DATA_PACKAGES = ("grain", "tensorflow_datasets", "ml_collections", "array_record", "av",
                   "tensorboardX", "pymunk", "skimage", "tensorflow", "torch")
 
@@ -37,7 +38,8 @@ def test_training_imports_neither_tensorflow_nor_torch():
 
 
 @pytest.mark.parametrize("command", ["main", "encode", "predict", "evaluate", "convert",
-                                     "benchmarks.convert", "benchmarks.train_step"])
+                                     "benchmarks.convert", "benchmarks.rollout", "benchmarks.drift",
+                                     "benchmarks.endless", "benchmarks.train_step"])
 def test_commands_explain_themselves(command):
   result = subprocess.run([sys.executable, "-m", f"videogpt_jax.{command}", "--help"],
                           capture_output=True, text=True, check=False)

@@ -378,7 +378,34 @@ def test_side_by_side_shows_every_video_whole_and_marks_what_is_predicted():
 
 def test_contact_sheet_has_a_row_a_video_and_a_column_a_frame():
   videos = np.random.default_rng(0).integers(1, 255, (2, 3, 8, 8, 3), dtype=np.uint8)
-  sheet = video.contact_sheet(videos, 2)
+  sheet = video.contact_sheet({"truth": videos[0], "a model": videos[1]}, ["0", "1", "2"], 2)
   corners = np.array([[_find(sheet, video.enlarge(v, 2)[t])[0] for t in range(3)] for v in videos])
   assert np.all(np.diff(corners[..., 0], axis=0) > 0) and np.all(np.diff(corners[..., 0]) == 0)
   assert np.all(np.diff(corners[..., 1]) > 0) and np.all(np.diff(corners[..., 1], axis=0) == 0)
+  first = corners[0, 0]
+  titles = sheet[:first[0], first[1]:], sheet[first[0]:, :first[1]]
+  assert all(part.min() < 128 for part in titles)
+
+
+def test_a_video_written_in_pieces_is_the_same_file(tmp_path):
+  frames = np.random.default_rng(0).integers(0, 255, (7, 15, 18, 3), dtype=np.uint8)
+  video.write_mp4(tmp_path / "whole.mp4", frames, 5.0)
+  with video.Mp4Writer(tmp_path / "pieces.mp4", 5.0) as writer:
+    for piece in np.array_split(frames, 3):
+      assert not (tmp_path / "pieces.mp4").exists()
+      writer.append(piece)
+  assert (tmp_path / "pieces.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+  with video.Mp4Writer(tmp_path / "nothing.mp4", 5.0):
+    pass
+  assert {path.name for path in tmp_path.iterdir()} == {"whole.mp4", "pieces.mp4"}
+
+
+def test_pictures_are_turned_upright(tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+  exif = Image.Exif()
+  exif[0x0112] = 6  # orientation: the camera was turned by a quarter
+  Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+  np.testing.assert_array_equal(video.read_picture(tmp_path / "a.png")[0], np.rot90(pixels, -1))
+  (tmp_path / "b.png").write_text("no picture")
+  with pytest.raises(video.VideoError, match="not a picture"):
+    video.read_picture(tmp_path / "b.png")

@@ -9,14 +9,10 @@ TFLOP/s count visible pairs only: 4 E H a pair forward, 10 E H backward (five pr
 result goes to benchmarks/results/ and, as one JSON object, to the last line.
 """
 
-import datetime
 import functools
 import itertools
-import json
 import os
-import pathlib
 import statistics
-import subprocess
 import time
 from typing import Any
 
@@ -39,6 +35,7 @@ from videogpt_jax.attention import gpu
 from videogpt_jax.attention import reference
 from videogpt_jax.attention import tuning
 from videogpt_jax.benchmarks import peers
+from videogpt_jax.benchmarks import report as report_lib
 
 # Frames N, patches P, heads H, head size E; laptop: clips of 4, others: a random partition.
 CASES = {
@@ -54,7 +51,6 @@ CANDIDATES = {
   "gpu": (gpu.BLOCKS, gpu.BLOCKS),
 }
 _TOLERANCE = {"bfloat16": 0.02, "float32": 1e-4}
-_RESULTS = pathlib.Path("benchmarks/results")
 
 
 def problem(case: str, mesh: Mesh, seed: int = 0) -> peers.Problem:
@@ -270,12 +266,6 @@ def _table(result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _commit() -> str:
-  done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                        check=False)
-  return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
   """Reads the flags and measures."""
   f = flags.FLAGS
@@ -292,14 +282,8 @@ def main() -> None:
     names = ["ours", *(name for name in f.peers if name != "ours")]
     result = report(f.case, mesh, f.rounds, calls, names)
     print(_table(result))
-  result |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": _commit()}
   kind = result["device"].replace(" ", "_").lower()
-  if f.out != "-":
-    out = pathlib.Path(f.out or _RESULTS / f"{result['benchmark']}_{f.case}_{kind}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {out}")
-  print(json.dumps(result))
+  report_lib.finish(result, f.out, f"{result['benchmark']}_{f.case}_{kind}.json")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
 import time
 from typing import Any
@@ -35,6 +34,7 @@ from videogpt_jax import model
 from videogpt_jax import rollout
 from videogpt_jax import sampler as sampler_lib
 from videogpt_jax import sharding
+from videogpt_jax.benchmarks import report
 
 # The published PyTorch sampler on 2 cores of an x86-64 server CPU of about 190 GFLOP/s (float32
 # 2048^3 product).
@@ -219,7 +219,9 @@ def main() -> None:
     ratio = published["seconds_per_frame"] / result["seconds_per_frame"]
     result |= {"published": published, "speedup_vs_published": ratio}
     print(f"  {ratio:.2f} times the published sampler's speed (on its own machine)")
-  print(json.dumps({"benchmark": "rollout", "case": f.case, **result}))
+  kind = result["device"].replace(" ", "_").lower()
+  report.finish({"benchmark": "rollout", "case": f.case, **result}, f.out,
+                f"rollout_{f.case}_{kind}.json")
 
 
 if __name__ == "__main__":
@@ -231,4 +233,5 @@ if __name__ == "__main__":
   flags.DEFINE_bool("recomputed", True, "Measure the sampler that caches nothing as well.")
   flags.DEFINE_integer("cpu_devices", 0, "On CPU: devices that the cores are shared among; 0: as "
                        "the case says.", lower_bound=0)
+  flags.DEFINE_string("out", "-", "Result file; empty: in benchmarks/results; - for none.")
   cli.run(main)

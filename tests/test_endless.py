@@ -1,0 +1,42 @@
+"""Endless rollouts: flat in time and memory. 50 clips in `make test`, 1,000 in `make soak`."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from videogpt_jax import weights as weights_lib
+from videogpt_jax.benchmarks import drift
+from videogpt_jax.benchmarks import endless
+from videogpt_jax.benchmarks import report
+from videogpt_jax.sampler import Sampler
+
+
+def test_fifty_clips_need_no_more_memory_and_no_new_program():
+  """How long they take is for the soak: tests run beside each other."""
+  found = endless.measure(weights_lib.load(), clips=50, steps=2, clip_frames=4, window=16, turns=2)
+  assert found["programs"][0] == found["programs"][1]
+  assert found["rss_growth_mib"] < 8  # a clip of frames is 0.05 MiB, its keys and values 0.9
+
+
+def test_drift_sees_the_simulator_as_it_is():
+  weights = weights_lib.load()
+  found = drift.measure(weights, videos=1, clips=2, sampler=Sampler(1))["by_clip"]
+  assert found["truth"]["mse"] == [0, 0] and min(found["truth"]["found"]) > 0.8
+  assert found["recompute"]["mse"][0] == pytest.approx(found["rolling"]["mse"][0], rel=1e-3)
+  assert all(0 < x for x in found["rolling"]["mse"])
+
+
+@pytest.mark.soak
+def test_a_thousand_clips():
+  """In a process of its own, optimised; the result is kept."""
+  path = report.RESULTS / "endless_rollout.json"
+  done = subprocess.run(
+    [sys.executable, "-m", "videogpt_jax.benchmarks.endless", "--clips=1000", f"--out={path}"],
+    env={"JAX_PLATFORMS": jax.default_backend()}, check=False, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert abs(found["time_ratio"] - 1) < 0.05
+  assert found["rss_growth_mib"] < 16

@@ -1,0 +1,36 @@
+"""What every benchmark says of itself: the day, the commit, and one JSON object at the end."""
+
+from collections.abc import Mapping
+import datetime
+import json
+import pathlib
+import subprocess
+from typing import Any
+
+from videogpt_jax import files
+
+RESULTS = pathlib.Path("benchmarks/results")
+
+
+def finish(result: Mapping[str, Any], out: str, default: str) -> None:
+  """Writes a result with date and commit, and prints it as the last line.
+
+  Args:
+    result: JSON-able.
+    out: file to write; "" the default one, "-" none.
+    default: name of the file in benchmarks/results.
+  """
+  result = {**result, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "commit": _commit()}
+  if out != "-":
+    path = pathlib.Path(out or RESULTS / default)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, result)
+    print(f"wrote {path}")
+  print(json.dumps(result))
+
+
+def _commit() -> str:
+  done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                        check=False)
+  return done.stdout.strip() or "unknown"
