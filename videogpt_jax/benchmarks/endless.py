@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from videogpt_jax import cli
@@ -33,7 +34,7 @@ def measure(weights: weights_lib.Weights, clips: int, steps: int, clip_frames: i
   """Rolls out `clips` clips; see the module. Memory is resident, MiB."""
   history = given.of_world(weights.config, 0, weights.config["sample"]["history"])
   latents = weights.codec.normalize(
-    weights.codec.encode(history.frames[None, :history.history]))
+    jnp.asarray(weights.codec.encode(history.frames[None, :history.history])))
 
   def stream() -> Iterator[jax.Array]:
     return rollout.clips(
