@@ -1,4 +1,4 @@
-"""Attention and the train step on a mesh of 8 devices equal one device's, by every axis."""
+"""Attention, the train step and rollouts on 8 devices equal one device's, by every axis."""
 
 import os
 import pathlib
@@ -73,6 +73,43 @@ for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
 print("equal")
 """
 
+_ROLLOUT = """
+import sys
+import flax.linen as nn
+import jax, jax.numpy as jnp, numpy as np
+from videogpt_jax import backbone, model, rollout, sharding
+
+assert jax.device_count() == 8
+sizes, kv_heads, mode = eval(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+stack = backbone.Config(hidden_size=64, intermediate_size=96, num_layers=2, num_heads=8,
+                        num_kv_heads=kv_heads, attention="xla")
+config = model.Config(backbone=stack, channels=4)
+params = nn.meta.unbox(model.init_params(config, 0))
+noise = lambda x, i: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape)  # no zero layers
+leaves, tree = jax.tree.flatten(params)
+params = tree.unflatten([noise(x, i) for i, x in enumerate(leaves)])
+history = jax.random.normal(jax.random.key(1), (4, 3, 4, 4, 4))
+
+def generate(params, history):
+  return rollout.generate(
+      config, params, history, num_frames=7, clip_frames=2, sampler=rollout.Sampler(2, 1.5),
+      window=rollout.Window(6, mode, 0.1), rng=jax.random.key(0))
+
+alone = generate(params, history)
+mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
+with sharding.use(mesh):
+  boxed = jax.eval_shape(lambda: model.init_params(config, 0))
+  placed = jax.device_put(params, sharding.of_tree(mesh, boxed))
+  history = jax.device_put(history, sharding.rows(mesh))
+  together = generate(placed, history)
+  held = rollout.encode(config, placed, history, 5)
+assert len(together.sharding.device_set) == 8
+shards = sizes[2] * sizes[3] if kv_heads % (sizes[2] * sizes[3]) == 0 else 1
+assert held.keys.addressable_shards[0].data.shape[4] == kv_heads // shards  # by heads
+np.testing.assert_allclose(together, alone, atol=1e-5 * float(jnp.abs(alone).max()))
+print("equal")
+"""
+
 
 def _on_eight_devices(program, *arguments):
   environment = {
@@ -95,5 +132,15 @@ def test_forward_and_gradients_equal_one_device(sizes, kv_heads):
 def test_training_gradients_equal_one_device(sizes):
   """The whole model under remat and scan, on a length that the mesh does not divide."""
   done = _on_eight_devices(_STEP, repr(sizes))
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.strip() == "equal"
+
+
+@pytest.mark.parametrize(("sizes", "kv_heads", "mode"), [
+  ((1, 1, 4, 2), 8, "recompute"), ((2, 1, 2, 2), 2, "rolling"), ((2, 2, 1, 2), 4, "rolling")],
+  ids=str)
+def test_rollouts_equal_one_device(sizes, kv_heads, mode):
+  """Samples, heads and tokens split, guided, over a window that moves; heads that do not split."""
+  done = _on_eight_devices(_ROLLOUT, repr(sizes), str(kv_heads), mode)
   assert done.returncode == 0, done.stderr
   assert done.stdout.strip() == "equal"

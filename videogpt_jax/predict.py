@@ -299,7 +299,7 @@ def _mesh(wanted: list[str] | None, request: Request, source: weights_lib.Source
     sizes[axis] = int(size)
   mesh = sharding.make_mesh(sizes)
   shards = mesh.shape["tensor"] * mesh.shape["sequence"]
-  if stack.num_heads % shards or mesh.shape["tensor"] > stack.num_kv_heads:
+  if stack.num_heads % shards or stack.num_kv_heads % mesh.shape["tensor"]:
     raise InputError(f"--mesh: {stack.num_heads} heads ({stack.num_kv_heads} of keys) cannot be "
                      f"shared among {shards} devices of tensor and sequence")
   return mesh

@@ -1,10 +1,11 @@
-"""What is compiled: attention alone, and the train step's gradients of a model of one layer."""
+"""What is compiled: attention alone, gradients of a model of one layer, a clip of the whole."""
 
 from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -13,13 +14,16 @@ from jax.sharding import PartitionSpec
 
 from videogpt_jax import attention
 from videogpt_jax import backbone
+from videogpt_jax import cache
 from videogpt_jax import codec
 from videogpt_jax import layout
 from videogpt_jax import mask
 from videogpt_jax import model
 from videogpt_jax import objective
+from videogpt_jax import rollout
 from videogpt_jax import sharding
 from videogpt_jax import step
+from videogpt_jax.benchmarks import rollout as rollout_benchmark
 
 ONE = (1, 1, 1, 1)  # a mesh of one chip
 ALL_AXES = (2, 2, 2, 2)  # one that splits everything
@@ -102,4 +106,47 @@ class Layer:
     return function, (step.abstract_state(recipe, mesh).params, stored)
 
 
-Program = Attention | Layer
+@dataclasses.dataclass(frozen=True)
+class Clip:
+  """A clip of the published model generated, whole: 56 frames in the cache, 24 new, 50 steps."""
+
+  history: int = 56
+  generated: int = 24
+  guidance: float = 1.5
+  mesh: tuple[int, ...] = ONE
+  head_size: int = 96
+  dtype: str = "bfloat16"
+
+  def build(self, name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """As in `Layer`; parameters in the types in which prediction keeps them."""
+    case = rollout_benchmark.full()
+    stack = dataclasses.replace(case.model.backbone, attention=name)
+    config = dataclasses.replace(case.model, backbone=stack)
+    boxed = jax.eval_shape(lambda: model.init_params(config, 0))
+    shardings = traverse_util.flatten_dict(sharding.of_tree(mesh, boxed), sep="/")
+    leaves = traverse_util.flatten_dict(model.abstract_params(config), sep="/")
+    params = traverse_util.unflatten_dict({
+        leaf: jax.ShapeDtypeStruct(
+            x.shape, stack.dtype if model.rounded(leaf) else x.dtype, sharding=shardings[leaf])
+        for leaf, x in leaves.items()}, sep="/")
+    heads = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES, None, None,
+                                              sharding.HEAD_AXES))
+    ring = jax.ShapeDtypeStruct((stack.num_layers, self.batch(mesh), self.history, 222, 32, 96),
+                                stack.dtype, sharding=heads)
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    noise = jax.ShapeDtypeStruct((self.batch(mesh), self.generated, *case.cells, 4), jnp.float32,
+                                 sharding=sharding.rows(mesh))
+    sampler = rollout.Sampler(case.steps, self.guidance)
+
+    def function(params, keys, values, counter, noise):
+      held = cache.Cache(keys, values, counter, counter + self.history)
+      return rollout.denoise_clip(config, params, held, noise, sampler)
+
+    return function, (params, ring, ring, counter, noise)
+
+  def batch(self, mesh: Mesh) -> int:
+    """One video for each device that has videos of its own."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+Program = Attention | Layer | Clip

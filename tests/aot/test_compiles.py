@@ -9,7 +9,9 @@ for a device.
 import hardware
 from programs import ALL_AXES
 from programs import Attention
+from programs import Clip
 from programs import Layer
+from programs import ONE
 import pytest
 
 pytestmark = pytest.mark.aot
@@ -93,3 +95,18 @@ def test_layer(compile_for, name, program):
   report = compile_for(name, program)
   _assert_kernels(report, name, least=2)
   assert report.arguments + report.temporaries + report.results < 8 * _GIB
+
+
+@pytest.mark.parametrize(("name", "mesh"), [
+    ("h100", ONE), ("h200", ONE), ("v6e", ONE), ("v5p", ALL_AXES)], scope="session")
+def test_a_clip_of_the_published_model(compile_for, name, mesh):
+  """Guided, in bfloat16: weights, cache and what it takes beside them fit one such chip."""
+  report = compile_for(name, Clip(mesh=mesh))
+  _assert_kernels(report, name, least=1)
+  held = report.arguments + report.results + report.temporaries
+  if mesh == ONE:
+    assert report.arguments > 11 * _GIB  # 7 of weights, 4.6 of keys and values
+    assert held < 24 * _GIB
+  else:
+    assert report.collectives["all-to-all"]  # from sequence to heads and back
+    assert held < 6 * _GIB
