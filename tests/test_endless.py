@@ -23,10 +23,11 @@ def test_fifty_clips_need_no_more_memory_and_no_new_program():
 
 def test_drift_sees_the_simulator_as_it_is():
   weights = weights_lib.load()
-  found = drift.measure(weights, videos=1, clips=2, sampler=Sampler(1))["by_clip"]
-  assert found["truth"]["mse"] == [0, 0] and min(found["truth"]["found"]) > 0.8
+  found = drift.measure(weights, videos=1, clips=3, size=2, window=6, sampler=Sampler(1))["by_clip"]
+  assert found["truth"]["mse"] == [0, 0, 0] and min(found["truth"]["found"]) > 0.8
   assert found["recompute"]["mse"][0] == pytest.approx(found["rolling"]["mse"][0], rel=1e-3)
   assert min(found["rolling"]["mse"]) > 0
+  assert found["recompute"]["mse"][2] != found["rolling"]["mse"][2]  # frames have left
 
 
 @pytest.mark.soak
