@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+from safetensors import numpy as safetensors
 
 import tiny_run
 from videogpt_jax import finished as finished_lib
@@ -75,6 +76,11 @@ def said(finished, videos, tmp_path_factory):
   """What the command says to every command line of these tests: (status, stdout, stderr)."""
   folder = tmp_path_factory.mktemp("said")
   (folder / "file").write_text("")
+  other = folder / "llama"
+  other.mkdir()
+  (other / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+  safetensors.save_file({"model.embed_tokens.weight": np.zeros((4, 8), np.float32)},
+                        other / "model.safetensors")
   fill = {"run": finished.workdir, "videos": videos, "out": folder}
   lines = [[part.format(**fill) for part in line.split()] for line in (*WRITES, *REFUSED)]
   subprocess.run([sys.executable, "-c", _FORKS, str(folder)], input=json.dumps(lines), text=True,
@@ -238,6 +244,7 @@ REFUSED = {
   "--checkpoint={run} --frames=0": "flag --frames=0",
   "--checkpoint={run} --out={out}/file/folder": "cannot write to --out={out}/file/folder",
   "--checkpoint={out}": "no checkpoint in {out}",
+  "--checkpoint={out}/llama": "{out}/llama holds another model (llama): none of its 1 tensors",
   "--checkpoint={out}/nothing": "no weights at {out}/nothing",
 }
 

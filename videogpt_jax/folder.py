@@ -73,10 +73,14 @@ def open_folder(path: str, special_ids: Mapping[str, int] | None = None, seed: i
       do not fit the settings.
   """
   settings = _read_settings(path)
-  settings["special_ids"] = _marker_ids(path, settings, special_ids or {})
-  config = published.model_config(settings)
   tensors = tensor_files.open_folder(path)
   is_new = phi3.is_release(tensors)
+  if not is_new and not any("x_embedder" in name for name in tensors):
+    kind = settings.get("model_type") or "unknown architecture"
+    raise InputError(f"{path} holds another model ({kind}): none of its {len(tensors)} tensors is "
+                     "Video-GPT's x_embedder")
+  settings["special_ids"] = _marker_ids(path, settings, special_ids or {})
+  config = published.model_config(settings)
   if is_new:
     tensors = phi3.complete(tensors, config, seed)
   leaves = published.leaves(tensors, config)

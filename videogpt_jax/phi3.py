@@ -24,8 +24,8 @@ _TIME_DEVIATION = 0.02
 
 
 def is_release(tensors: Mapping[str, np.ndarray]) -> bool:
-  """Whether these are the tensors of a Phi-3 (rather than of a Video-GPT)."""
-  return _EMBEDDING in tensors
+  """Whether these are the tensors of a Phi-3 (rather than of a Video-GPT, or of a Llama)."""
+  return _EMBEDDING in tensors and any(name.endswith("qkv_proj.weight") for name in tensors)
 
 
 def complete(
