@@ -376,7 +376,10 @@ def test_signals(finished, tmp_path, number, status):
   while not (line := process.stdout.readline()).startswith("clip 3/"):
     assert line, process.stderr.read()
   process.send_signal(number)
-  out, errors = process.communicate(timeout=60)
+  try:
+    out, errors = process.communicate(timeout=120)
+  finally:
+    process.kill()
   assert process.returncode == status, errors
   assert errors == ""
   kept = sorted((tmp_path / "out" / "clips").glob("*.npy"))

@@ -1,7 +1,10 @@
 """The edge of every command: parse flags, run, turn `InputError` into one clear line."""
 
 from collections.abc import Callable, Sequence
+import signal
 import sys
+import threading
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -53,3 +56,24 @@ def _plain(error: Exception) -> str:
     text = text.args[0]
   lines = [line.strip() for line in str(text).splitlines() if line.strip()]
   return "; ".join(lines if len(lines) <= 2 else (lines[0].rstrip(":"), lines[-1]))
+
+
+class stop_signal:
+  """Turns SIGTERM and the first Ctrl-C into an event, so that a step is never cut short."""
+
+  def __enter__(self) -> threading.Event:
+    self._event = threading.Event()
+    self._previous = {}
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._previous[number] = signal.signal(number, self._handle)
+    return self._event
+
+  def _handle(self, number: int, frame: Any) -> None:
+    if self._event.is_set():
+      raise KeyboardInterrupt
+    self._event.set()
+
+  def __exit__(self, *exception: object) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)

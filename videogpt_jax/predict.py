@@ -12,13 +12,12 @@ clip. For each it writes into its folder
 Interrupted, it keeps the clips finished so far; the same command goes on from there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
-import signal
 from typing import Any
 
 from absl import flags
@@ -61,8 +60,8 @@ class Request:
 
 
 def predict(weights: weights_lib.Weights, given: given_lib.Given, request: Request,
-            out: pathlib.Path, *, fps: float | None = None, restart: bool = False
-            ) -> dict[str, Any]:
+            out: pathlib.Path, *, fps: float | None = None, restart: bool = False,
+            stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
   """Continues one video and writes the files (see the module), with progress on stdout.
 
   Args:
@@ -72,13 +71,14 @@ def predict(weights: weights_lib.Weights, given: given_lib.Given, request: Reque
     out: folder of the results.
     fps: of the results; None: as given.
     restart: do not go on with what an interrupted call left.
+    stop: asked while the device computes: whether to interrupt.
 
   Returns:
     What `prediction.json` holds.
 
   Raises:
     InputError: the folder cannot be written, or holds another interrupted prediction.
-    KeyboardInterrupt: after Ctrl-C; the files hold the clips finished so far.
+    KeyboardInterrupt: `stop` said so; the files hold the clips finished so far.
   """
   settings = {"weights": weights.path, "parameters": _fingerprint(weights.params),
               "video": given.name, "given": _digest(given.frames[:given.history]),
@@ -94,7 +94,7 @@ def predict(weights: weights_lib.Weights, given: given_lib.Given, request: Reque
     for index, clip in enumerate(weights.stream(
         np.repeat(given.frames[None, :given.history], request.samples, axis=0), request.frames,
         clip_frames=request.clip_frames, sampler=request.sampler, window=request.window,
-        rng=jax.random.key(request.seed), finished=clips)):
+        rng=jax.random.key(request.seed), finished=clips, stop=stop)):
       if index >= len(clips):
         clips.append(clip.latents)
         progress.clip()
@@ -119,19 +119,6 @@ def _digest(array: np.ndarray) -> str:
 def _fingerprint(params: Any) -> str:
   """Of weights, by their last layer, which every training step changes."""
   return _digest(np.asarray(params["final_layer"]["kernel"]))
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-  """SIGTERM ends a prediction as Ctrl-C does."""
-  def handle(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-  before = signal.signal(signal.SIGTERM, handle)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, before)
 
 
 # The command ------------------------------------------------------------------------------
@@ -238,8 +225,9 @@ def _one(weights: weights_lib.Weights, item: given_lib.Given, request: Request, 
   for note in item.notes:
     print(note, flush=True)
   try:
-    with _terminated_like_interrupted():
-      report = predict(weights, item, request, out, fps=f.fps, restart=f.restart)
+    with cli.stop_signal() as stop:
+      report = predict(weights, item, request, out, fps=f.fps, restart=f.restart,
+                       stop=stop.is_set)
   except KeyboardInterrupt:
     print(f"interrupted; the clips finished so far are in {out}, and the same command goes on "
           "from there", flush=True)

@@ -9,7 +9,6 @@ checkpoint. The data position is the step, so a resumed run continues bit for bi
 from collections.abc import Generator
 import contextlib
 import dataclasses
-import signal
 import threading
 import time
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 
 from videogpt_jax import attention
 from videogpt_jax import checkpoint
+from videogpt_jax import cli
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
 from videogpt_jax import flops
@@ -73,7 +73,7 @@ def train(config: ConfigDict, workdir: str) -> int:
     start = int(state.step)
     with contextlib.closing(telemetry.Writer(workdir, start + 1)) as writer:
       run = Run(config, workdir, recipe, mesh, source, validation, writer)
-      with sharding.use(mesh), stop_signal() as stop:
+      with sharding.use(mesh), cli.stop_signal() as stop:
         return _loop(run, state, start, checkpoints, stop)
 
 
@@ -205,27 +205,6 @@ def training_batches(run: Run, start: int) -> Generator[pipeline.Batch, None, No
     workers=data.workers, prefetch=data.prefetch, host=jax.process_index(),
     hosts=jax.process_count())
   return pipeline.to_device(host_batches, sharding.rows(run.mesh), data.prefetch)
-
-
-class stop_signal:
-  """Turns SIGTERM and the first Ctrl-C into an event, so that a step is never cut short."""
-
-  def __enter__(self) -> threading.Event:
-    self._event = threading.Event()
-    self._previous = {}
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, self._handle)
-    return self._event
-
-  def _handle(self, number: int, frame: Any) -> None:
-    if self._event.is_set():
-      raise KeyboardInterrupt
-    self._event.set()
-
-  def __exit__(self, *exception: object) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
 
 
 # At a cadence -----------------------------------------------------------------------------

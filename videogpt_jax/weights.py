@@ -103,6 +103,7 @@ class Weights:
     window: rollout.Window | None = None,
     rng: PRNGKeyArray,
     finished: Sequence[Float[np.ndarray, "B g h w C"]] = (),
+    stop: Callable[[], bool] = lambda: False,
   ) -> Iterator[Clip]:
     """Continues videos clip by clip: one is decoded and yielded while the next is computed.
 
@@ -117,16 +118,19 @@ class Weights:
       rng: key of the noise.
       finished: latents of the first clips, from a call that did not come to its end; they are
         yielded, but not computed again.
+      stop: asked while the device computes: whether to end with a `KeyboardInterrupt`.
 
     Raises:
       ValueError: see `rollout.clips`.
     """
-    clips = self._clips(np.asarray(frames), num_frames, clip_frames, sampler, window, rng, finished)
+    clips = self._clips(np.asarray(frames), num_frames, clip_frames, sampler, window, rng, finished,
+                        stop)
     return sharding.under(self.mesh, clips)
 
   def _clips(self, given: np.ndarray, num_frames: int | None, clip_frames: int | None,
              sampler: Sampler | None, window: rollout.Window | None, rng: PRNGKeyArray,
-             finished: Sequence[np.ndarray]) -> Iterator[Clip]:
+             finished: Sequence[np.ndarray],
+             stop: Callable[[], bool]) -> Iterator[Clip]:
     count = len(given)
     rows = functools.partial(_whole_rows, multiple=sharding.size(*sharding.BATCH_AXES))
     place = (jnp.asarray if self.mesh is None
@@ -142,20 +146,24 @@ class Weights:
       yield Clip(clip, self.codec.start_decode(jnp.asarray(clip))())
     before: Callable[[], Clip] | None = None
     for latents in clips:
-      started = self._start(jnp.asarray(latents)[:count])
+      started = self._start(jnp.asarray(latents)[:count], stop)
       if before is not None:
         yield before()
       before = started
     if before is not None:
       yield before()
 
-  def _start(self, latents: jax.Array) -> Callable[[], Clip]:
+  def _start(self, latents: jax.Array, stop: Callable[[], bool]) -> Callable[[], Clip]:
     frames = self.codec.start_decode(latents)
     ready: Any = getattr(latents, "is_ready")  # noqa: B009, jax's stubs do not know it
 
     def wait() -> Clip:
-      while not ready():  # inside jax nobody would hear a Ctrl-C
+      while not ready():  # inside jax nobody would hear a signal
+        if stop():
+          raise KeyboardInterrupt
         time.sleep(0.001)
+      if stop():
+        raise KeyboardInterrupt
       return Clip(jax.device_get(latents), frames())
 
     return wait
