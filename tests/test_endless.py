@@ -18,7 +18,8 @@ def test_fifty_clips_need_no_more_memory_and_no_new_program():
   """How long they take is for the soak: tests run beside each other."""
   found = endless.measure(weights_lib.load(), clips=50, steps=2, clip_frames=4, window=16, turns=2)
   assert found["programs"][0] == found["programs"][1]
-  assert found["rss_growth_mib"] < 8  # a clip of frames is 0.05 MiB, its keys and values 0.9
+  # The allocator settles within some MiB; keys and values of 45 clips, were they kept, are 30.
+  assert found["rss_growth_mib"] < 20
 
 
 def test_drift_sees_the_simulator_as_it_is():
