@@ -415,7 +415,7 @@ def test_a_run_is_exported_and_predicts_the_same(finished, tmp_path):
   _assert_equal(exported.params, trained)
   run = weights_lib.load(str(finished.workdir))
   assert exported.codec == run.codec
-  history = np.zeros((1, 2, *run.frame_size, 3), np.uint8)
+  history = np.zeros((1, 2, run.config["data"]["height"], run.config["data"]["width"], 3), np.uint8)
   future = lambda w: w.continue_video(history, 2, rng=jax.random.key(0))
   np.testing.assert_array_equal(future(exported), future(run))
 

@@ -9,6 +9,7 @@ and `decode` lead back to frames. A codec is described by the JSON-able dict of
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
+import itertools
 from typing import Any, Protocol
 
 import jax
@@ -35,6 +36,10 @@ class Codec(Protocol):
     """Type of the stored latents."""
 
   @property
+  def moments(self) -> bool:
+    """Whether a posterior is stored: C means, then C log-variances."""
+
+  @property
   def on_device(self) -> bool:
     """Whether it computes on jax's devices, which several processes cannot share."""
 
@@ -42,13 +47,31 @@ class Codec(Protocol):
     """Loads what `encode` and `decode` need. Raises `InputError` if it is not there."""
 
   def encode(self, frames: np.ndarray) -> np.ndarray:
-    """Frames `uint8 [..., H, W, 3]` to stored (unscaled) latents `[..., h, w, C]`."""
+    """Frames `uint8 [..., H, W, 3]` to stored (unscaled) latents `[..., h, w, C or 2C]`."""
+
+  def start_encode(self, frames: np.ndarray) -> Callable[[], np.ndarray]:
+    """Starts to encode; see `encode`.
+
+    Returns:
+      A function that waits for the latents. Devices take turns, so that all of them are at
+      work when several clips have been started.
+    """
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Unscaled latents `[..., h, w, C]` (stored or predicted) to frames `uint8 [..., H, W, 3]`."""
 
   def normalize(self, latents: jax.Array) -> jax.Array:
-    """Stored latents to what the model sees, float32; runs on the device."""
+    """Stored latents (of a posterior, its means) to what the model sees, float32.
+
+    Runs on the device.
+    """
+
+  def sample(self, latents: jax.Array, noise: jax.Array) -> jax.Array:
+    """As `normalize`, of the draw that standard normal `noise` [..., h, w, C] leads to.
+
+    Raises:
+      ValueError: no posterior is stored.
+    """
 
   def denormalize(self, latents: jax.Array) -> jax.Array:
     """The inverse of `normalize`, without rounding."""
@@ -95,6 +118,10 @@ class Pixels:
     return np.dtype(np.uint8)
 
   @property
+  def moments(self) -> bool:
+    return False
+
+  @property
   def on_device(self) -> bool:
     return False
 
@@ -110,6 +137,9 @@ class Pixels:
     x = frames.reshape(*lead, height // b, b, width // b, b, colours)
     return np.moveaxis(x, -4, -3).reshape(*lead, height // b, width // b, b * b * colours)
 
+  def start_encode(self, frames: np.ndarray) -> Callable[[], np.ndarray]:
+    return lambda: self.encode(frames)
+
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Unfolds channels into pixels, rounds and clips; see `Codec.decode`."""
     *lead, h, w, _ = latents.shape
@@ -120,6 +150,9 @@ class Pixels:
 
   def normalize(self, latents: jax.Array) -> jax.Array:
     return (jnp.asarray(latents, jnp.float32) / 255.0 - self.shift) * self.scale
+
+  def sample(self, latents: jax.Array, noise: jax.Array) -> jax.Array:
+    raise ValueError("pixels have no posterior")
 
   def denormalize(self, latents: jax.Array) -> jax.Array:
     return (jnp.asarray(latents, jnp.float32) / self.scale + self.shift) * 255.0
@@ -136,16 +169,19 @@ class Pixels:
 class Vae:
   """Latents of an image autoencoder, frame by frame; the defaults are SDXL's.
 
-  Stored as the posterior's mean, float16 and unscaled; the model sees
-  `(latent - shift) * scale`. The autoencoder itself is loaded when first a frame is encoded
-  or decoded, so that training on stored latents needs none.
+  Stored unscaled, as the posterior's mean, or with `moments` as its mean and log-variance; the
+  model sees `(latent - shift) * scale`. The autoencoder itself is loaded when first a frame is
+  encoded or decoded, so that training on stored latents needs none.
 
   Attributes:
     block: pixels per latent cell, along each side.
     channels: C of the latents.
     scale: factor of what the model sees.
     shift: subtracted before.
-    path: the autoencoder, see `vae.load`. Where it lies is no part of `spec`.
+    path: the autoencoder, see `vae.load`. Where it lies is no part of `spec`, nor is what
+      follows: how latents are stored and computed.
+    moments: see above.
+    precision: type of the stored latents, float16 or bfloat16.
   """
 
   block: int = 8
@@ -153,6 +189,14 @@ class Vae:
   scale: float = 0.13025
   shift: float = 0.0
   path: str = "stabilityai/sdxl-vae"
+  moments: bool = False
+  precision: str = "float16"
+
+  def __post_init__(self) -> None:
+    if self.precision not in ("float16", "bfloat16"):
+      raise InputError(f"codec.precision must be float16 or bfloat16, got {self.precision!r}")
+    if not self.scale > 0:
+      raise InputError(f"codec.scale must be positive, got {self.scale}")
 
   @property
   def downsample(self) -> int:
@@ -160,7 +204,7 @@ class Vae:
 
   @property
   def dtype(self) -> np.dtype:
-    return np.dtype(np.float16)
+    return jnp.dtype(self.precision)
 
   @property
   def on_device(self) -> bool:
@@ -171,19 +215,27 @@ class Vae:
     _autoencoder(self)
 
   def encode(self, frames: np.ndarray) -> np.ndarray:
-    """Means of the posterior; see `Codec.encode`.
+    """Means (or moments) of the posterior; see `Codec.encode`.
 
     Raises:
       InputError: the frames' sides are no multiples of `block`, or no autoencoder is at `path`.
     """
+    return self.start_encode(frames)()
+
+  def start_encode(self, frames: np.ndarray) -> Callable[[], np.ndarray]:
     *lead, height, width, colours = frames.shape
     if height % self.block or width % self.block:
       raise InputError(f"frames of {height}x{width} px do not divide into latent cells of "
                        f"{self.block} px")
     run, _ = _autoencoder(self)
     flat = frames.reshape(-1, height, width, colours)
-    means = _joined(_batches(run, flat), len(flat))
-    return means.reshape(*lead, *means.shape[1:]).astype(self.dtype)
+    parts = list(_batches(run, flat))
+
+    def wait() -> np.ndarray:
+      latents = _joined(parts, len(flat))
+      return latents.reshape(*lead, *latents.shape[1:])
+
+    return wait
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Frames, rounded and clipped; see `Codec.decode`."""
@@ -194,7 +246,14 @@ class Vae:
     return frames.reshape(*lead, *frames.shape[1:])
 
   def normalize(self, latents: jax.Array) -> jax.Array:
-    return (jnp.asarray(latents, jnp.float32) - self.shift) * self.scale
+    means = jnp.asarray(latents[..., :self.channels], jnp.float32)
+    return (means - self.shift) * self.scale
+
+  def sample(self, latents: jax.Array, noise: jax.Array) -> jax.Array:
+    if latents.shape[-1] != 2 * self.channels:
+      raise ValueError(f"{latents.shape[-1]} channels are no posterior of {self.channels}")
+    posterior = vae.Posterior.from_moments(jnp.asarray(latents, jnp.float32))
+    return (posterior.at(noise) - self.shift) * self.scale
 
   def denormalize(self, latents: jax.Array) -> jax.Array:
     return jnp.asarray(latents, jnp.float32) / self.scale + self.shift
@@ -212,9 +271,8 @@ class Vae:
     return wait
 
   def spec(self) -> dict[str, Any]:
-    settings = dataclasses.asdict(self)
-    del settings["path"]
-    return {"id": "vae", **settings}
+    same_latents = ("block", "channels", "scale", "shift")
+    return {"id": "vae", **{name: getattr(self, name) for name in same_latents}}
 
 
 _FRAMES_AT_ONCE = 8
@@ -222,25 +280,34 @@ _FRAMES_AT_ONCE = 8
 
 @functools.cache
 def _autoencoder(codec: Vae) -> tuple[Any, Any]:
-  """Jitted `uint8 frames -> means` and `latents -> uint8 frames` of a codec's autoencoder."""
+  """`uint8 frames -> stored latents` and `latents -> uint8 frames` of a codec's autoencoder.
+
+  The first goes to this process's devices in turn, each with the same program, so that what a
+  frame becomes never depends on how many there are; the second runs where its latents lie.
+  """
   config, params = vae.load(codec.path)
   if (config.downsample, config.latent_channels) != (codec.block, codec.channels):
     raise InputError(f"the autoencoder {codec.path} makes cells of {config.downsample} px with "
                      f"{config.latent_channels} channels; config.codec.block is {codec.block}, "
                      f"config.codec.channels {codec.channels}")
   params = jax.tree.map(jnp.asarray, params)
+  copies = itertools.cycle(
+    [jax.device_put(params, device) for device in jax.local_devices()]
+    if jax.local_device_count() > 1 else [params])
 
   # Given as an argument: as constants of a program they would be compiled and cached with it.
   @jax.jit
   def encode(params: dict, frames: jax.Array) -> jax.Array:
-    return vae.encode(config, params, frames.astype(jnp.float32) / 127.5 - 1).mean
+    posterior = vae.encode(config, params, frames.astype(jnp.float32) / 127.5 - 1)
+    moments = (posterior.mean, posterior.log_variance) if codec.moments else (posterior.mean,)
+    return jnp.concatenate(moments, axis=-1).astype(codec.dtype)
 
   @jax.jit
   def decode(params: dict, latents: jax.Array) -> jax.Array:
     image = vae.decode(config, params, latents.astype(jnp.float32))
     return jnp.clip(jnp.rint((image + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
-  return functools.partial(encode, params), functools.partial(decode, params)
+  return lambda frames: encode(next(copies), frames), functools.partial(decode, params)
 
 
 def _batches(run: Any, x: Any) -> Iterator[jax.Array]:
@@ -265,6 +332,11 @@ def from_settings(settings: dict[str, Any]) -> Codec:
   kind = _CODECS.get(settings.get("id", ""))
   known = {field.name for field in dataclasses.fields(kind)} if kind else set()
   return from_spec({name: x for name, x in settings.items() if name in {"id", *known}})
+
+
+def stored(spec: dict[str, Any]) -> dict[str, Any]:
+  """What of a codec's spec decides the stored latents; they are not scaled yet."""
+  return {name: value for name, value in spec.items() if name not in ("scale", "shift")}
 
 
 def from_spec(spec: dict[str, Any]) -> Codec:

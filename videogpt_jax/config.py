@@ -20,6 +20,7 @@ from videogpt_jax import objective as objective_lib
 from videogpt_jax import rollout
 from videogpt_jax import sampler as sampler_lib
 from videogpt_jax import step as step_lib
+from videogpt_jax.data import fit as fit_lib
 from videogpt_jax.errors import InputError
 from videogpt_jax.sampler import Sampler
 
@@ -78,23 +79,35 @@ def _codec() -> ConfigDict:
   c.scale = 2.0
   c.shift = 0.5
   c.path = "stabilityai/sdxl-vae"  # vae: a folder in diffusers' format, or a hub name
+  c.moments = False  # vae: encode stores the posterior's log-variance, too
+  c.precision = "float16"  # vae: type of stored latents; float16, bfloat16
   return c
 
 
 def _data() -> ConfigDict:
   """What is encoded, and how samples are cut from it."""
   c = ConfigDict()
-  c.path = ""  # the latent data set: written by `encode`, read by `main`
-  c.source = "videos"  # what `encode` reads: "videos" (a folder) or "world"
-  c.videos = ""  # the folder of video files
+  c.path = ""  # the latent data set: written by `encode`, read by `main`; here or on gs://
+  c.mixture = ()  # instead: several data sets, PATH or PATH=WEIGHT each (all or none weighted)
+  c.min_bucket = 1  # sizes of which fewer videos are usable are left out of training
+  c.posterior = "mean"  # of stored moments; mean, sample, separate (published: one draw a copy)
+  c.source = "videos"  # what `encode` reads: "videos", "world", or "tfds"
+  c.videos = ""  # a folder of video files, a list of them (txt, tsv, csv, parquet), or a TFDS name
+  c.recipe = ""  # how a published list is read: panda70m, openvid1m, kinetics600, ucf101
+  c.root = ""  # the folder of a list's relative paths; default: the list's own
   c.height = 64  # frames are resized and centre-cropped to height x width px
   c.width = 64
+  c.buckets = ()  # instead: sizes such as "176x320"; a video takes the one most like it
+  c.longest_side = 0  # instead: px; proportions stay, sides are cut to multiples of a patch
   c.min_side = 16  # px; smaller source frames are refused
   c.max_aspect = 4.0  # longer over shorter side; more elongated frames are refused
+  c.fps = 0.0  # frames a second that are taken, by their times; 0: all frames, as they come
   c.stride = 1  # every stride-th source frame is stored
   c.max_frames = 0  # stored frames per record; longer videos are cut; 0: no limit
+  c.scene_cut = 0.0  # change of hue, saturation and value (of 255) that ends a scene; 0: none
+  c.decode_timeout = 60.0  # s without a new frame after which a decoder counts as hung
   c.videos_per_shard = 256
-  c.validation_fraction = 0.05  # of a folder's videos, chosen by a hash of the name
+  c.validation_fraction = 0.05  # of the videos whose list names no split, by a hash of the name
   c.train_videos = 0  # how many to simulate, source "world"
   c.validation_videos = 0
   c.frames = 16  # N, frames of a training sample
@@ -217,7 +230,7 @@ def validate(config: ConfigDict) -> None:
   positive = ("model.hidden_size", "model.intermediate_size", "model.num_layers",
               "model.num_heads", "model.num_kv_heads", "model.patch_size", "model.vocab_size",
               "model.pos_embed_max_size", "data.height", "data.width", "data.stride",
-              "data.frames", "data.prefetch", "train.steps", "train.batch_size",
+              "data.frames", "data.prefetch", "data.min_bucket", "train.steps", "train.batch_size",
               "train.accumulation", "train.max_bad_steps", "optimizer.clip_norm",
               "checkpoint.every", "checkpoint.keep", "log.every", "log.validate_every",
               "log.validation_batches", "log.videos_every", "sample.history",
@@ -231,6 +244,7 @@ def validate(config: ConfigDict) -> None:
         raise InputError(f"config.{name} must be {wanted}, got {leaf(config, name)}")
   _validate_model(config)
   _one_of(config, "optimizer.name", step_lib.OPTIMIZERS)
+  _one_of(config, "data.posterior", step_lib.POSTERIORS)
   codec(config)
   _validate_clips(config)
   if config.train.batch_size % config.train.accumulation:
@@ -284,15 +298,7 @@ def _validate_model(config: ConfigDict) -> None:
   _one_of(config, "model.dtype", ("auto", "float32", "bfloat16"))
   _one_of(config, "model.attention", ("auto", *attention.IMPLEMENTATIONS))
   _one_of(config, "model.remat", tuple(backbone.REMAT_POLICIES))
-  cell = config.codec.block
-  for name in ("height", "width"):
-    if config.data[name] % cell:
-      raise InputError(f"config.data.{name} {config.data[name]} px is no multiple of "
-                       f"config.codec.block {cell}")
-    if config.data[name] // cell % m.patch_size:
-      raise InputError(f"config.model.patch_size {m.patch_size} does not divide the latent: "
-                       f"config.data.{name} {config.data[name]} px / {cell} = "
-                       f"{config.data[name] // cell} cells")
+  fit(config)
 
 
 def _validate_clips(config: ConfigDict) -> None:
@@ -342,6 +348,11 @@ def leaf(config: ConfigDict, name: str):
 def codec(config: ConfigDict) -> codec_lib.Codec:
   """The codec of `config.codec`. Raises `InputError` if it describes none."""
   return codec_lib.from_settings(config.codec.to_dict())
+
+
+def fit(config: ConfigDict) -> fit_lib.Fit:
+  """How frames come to their sizes; raises `InputError` if those do not suit the model."""
+  return fit_lib.of(config.data, config.codec.block, config.model.patch_size)
 
 
 def _stack(config: ConfigDict) -> backbone.Config:
@@ -416,7 +427,8 @@ def recipe(config: ConfigDict) -> step_lib.Recipe:
       weight_decay=o.weight_decay, clip_norm=o.clip_norm)
   return step_lib.Recipe(
       model=model(config), codec=codec(config), objective=objective(config), optimizer=optimizer,
-      ema_decay=config.train.ema_decay, accumulation=config.train.accumulation, seed=config.seed)
+      posterior=config.data.posterior, ema_decay=config.train.ema_decay,
+      accumulation=config.train.accumulation, seed=config.seed)
 
 
 def from_saved(saved: dict) -> ConfigDict:

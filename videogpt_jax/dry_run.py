@@ -21,8 +21,9 @@ def report(config: ConfigDict) -> str:
   """
   recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
   codec = recipe.codec
-  latents = (config.data.frames, config.data.height // codec.downsample,
-             config.data.width // codec.downsample, codec.channels)
+  height, width = config_lib.fit(config).size(9, 16)  # where sizes vary, most are like this
+  latents = (config.data.frames, height // codec.downsample, width // codec.downsample,
+             codec.channels)
   counts = flops.parameters(recipe.model)
   cost = flops.training(recipe.model, recipe.objective, config.train.batch_size, latents)
   state = step_lib.abstract_state(recipe, mesh)

@@ -1,29 +1,28 @@
 """Videos to a latent data set, once, before training.
 
     python -m videogpt_jax.encode --config=configs/tiny.py
-    python -m videogpt_jax.encode --config=configs/tiny.py --videos=my_videos --out=data/mine
+    python -m videogpt_jax.encode --config=configs/videos.py --videos=my_videos --out=data/mine
+    python -m videogpt_jax.encode --config=configs/stage1.py --videos=list.csv --shard=3/64
 
-The videos come from a folder of video files or from the simulated world
+The videos come from a folder, a list (see `data/listing.py`) or the simulated world
 (`config.data.source`). A file that cannot be used is listed in `rejected.jsonl` with its
-reason and the run goes on. After an interruption of any kind the same command continues
-where it stopped, and the data set has the same bytes whatever happened on the way and
-however many processes took part.
+reason and the run goes on, also when its decoder hangs or crashes. After an interruption of
+any kind the same command continues where it stopped, and the data set has the same bytes
+whatever happened on the way and however many processes and machines took part.
 """
 
 import collections
-from collections.abc import Callable, Sequence
-import concurrent.futures
-import concurrent.futures.process
+from collections.abc import Iterator
 import dataclasses
-import multiprocessing
-from multiprocessing.context import SpawnContext
 import os
 from pathlib import Path
+import shutil
 import sys
 import time
 from typing import Any
 
 from absl import flags
+import jax
 from ml_collections import config_flags
 from ml_collections import ConfigDict
 
@@ -31,115 +30,56 @@ from videogpt_jax import cli
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
 from videogpt_jax import machine
+from videogpt_jax import transcode
 from videogpt_jax.data import clips
+from videogpt_jax.data import projection
 from videogpt_jax.data import store
-from videogpt_jax.data import worker
 from videogpt_jax.errors import InputError
 
-_POLL_S = 0.5  # between looks at the other processes
 _REDRAW_S = {True: 0.2, False: 5.0}  # between progress lines: on a terminal, in a log
-
-
-# One shard, in whatever process
-
-
-class _Count:
-  """A number that several processes raise."""
-
-  def __init__(self, context: SpawnContext):
-    self._value = context.Value("q", 0)
-
-  def take(self) -> int:
-    """Raises it by one and returns what it was."""
-    with self._value.get_lock():
-      self._value.value += 1
-      return self._value.value - 1
-
-  @property
-  def value(self) -> int:
-    return self._value.value
-
-
-class _Shared:
-  """What the processes that write shards tell one another."""
-
-  def __init__(self, context: SpawnContext):
-    self.taken = _Count(context)  # shards, which go to whoever is free
-    self.done = _Count(context)  # videos
-    self.rejected = _Count(context)  # videos
-    self.stop = context.Event()
-
-
-class _Stopped(Exception):
-  """Another process failed, or the user gave up."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """All that a process needs to write any shard."""
+  """What belongs into which shard."""
 
   videos: clips.Videos
   codec: codec_lib.Codec
   writer: store.Writer
   per_shard: int
 
-  def range(self, split: str, index: int) -> range:
+  def numbers(self, shard: transcode.Shard) -> range:
     """The numbers of the videos that belong into a shard."""
+    split, index = shard
     first = index * self.per_shard
     return range(first, min(first + self.per_shard, self.videos.count(split)))
 
-  def write(
-    self, split: str, index: int, shared: _Shared, tick: Callable[[], None]
-  ) -> None:
-    """Writes one shard, less the unusable videos; calls `tick` after each video."""
-    with self.writer.shard(split, index) as shard:
-      for number in self.range(split, index):
-        if shared.stop.is_set():
-          raise _Stopped
-        try:
-          clip = self.videos.load(split, number)
-        except InputError as error:
-          shard.reject(self.videos.name(split, number), str(error))
-          shared.rejected.take()
-        else:
-          shard.add(
-            self.codec.encode(clip.frames),
-            fps=clip.fps,
-            source=clip.source,
-            label=clip.label,
-            caption=clip.caption,
-            masks=clip.masks,
-          )
-        shared.done.take()
-        tick()
-
-
-# All shards, in one process or several
+  def items(self, shard: transcode.Shard) -> Iterator[tuple[str, Any]]:
+    """See `transcode.Work`."""
+    split, _ = shard
+    for number in self.numbers(shard):
+      yield self.videos.name(split, number), self.videos.item(split, number)
 
 
 class _Progress:
   """One line: redrawn in place on a terminal, now and then a new one in a log."""
 
-  def __init__(self, total: int, before: int, shared: _Shared):
+  def __init__(self, total: int):
     self._total = total
-    self._before = before  # videos that an earlier run has done
-    self._shared = shared
-    self._start = time.monotonic()
     self._drawn = -float("inf")
     self._tty = sys.stdout.isatty()
 
-  def show(self, final: bool = False) -> None:
+  def __call__(self, usage: transcode.Usage, final: bool = False) -> None:
     now = time.monotonic()
     if not final and now - self._drawn < _REDRAW_S[self._tty]:
       return
     self._drawn = now
-    new = self._shared.done.value
-    done = self._before + new
-    rate = new / max(now - self._start, 1e-9)
-    eta = f"{(self._total - done) / rate:.0f}s" if new else "?"
+    rate = usage.videos / max(usage.elapsed, 1e-9)
+    eta = f"{(self._total - usage.videos) / rate:.0f}s" if usage.videos else "?"
     line = (
-      f"encode {done}/{self._total} videos {100 * done / self._total:5.1f}% | "
-      f"{rate:.1f} videos/s | {self._shared.rejected.value} rejected | eta {eta}"
+      f"encode {usage.videos}/{self._total} videos {100 * usage.videos / self._total:5.1f}% | "
+      f"{usage.frames / max(usage.elapsed, 1e-9):.0f} frames/s | {usage.rejected} rejected | "
+      f"{usage.shares()} | eta {eta}"
     )
     if self._tty:
       print(f"\r{line}\033[K", end="\n" if final else "", flush=True)
@@ -147,93 +87,20 @@ class _Progress:
       print(line, flush=True)
 
 
-def _write(job: _Job, shards: Sequence[tuple[str, int]], processes: int) -> None:
-  context = multiprocessing.get_context("spawn")  # fork would copy jax's threads' locks
-  shared = _Shared(context)
-  total = sum(job.videos.count(split) for split in clips.SPLITS)
-  todo = sum(len(job.range(*shard)) for shard in job.writer.pending())
-  progress = _Progress(total, total - todo, shared)
-  others = min(processes, len(shards)) - 1  # this process works too, while they start
-  if others:
-    with concurrent.futures.ProcessPoolExecutor(
-      others, mp_context=context, initializer=_start_worker, initargs=(job, shards, shared)
-    ) as executor:
-      _write_with([executor.submit(_work) for _ in range(others)], job, shards, shared, progress)
-  else:
-    _write_some(job, shards, shared, progress.show)
-  progress.show(final=True)
-
-
-def _write_some(
-  job: _Job, shards: Sequence[tuple[str, int]], shared: _Shared, tick: Callable[[], None]
-) -> None:
-  """Writes shards until all are taken."""
-  while (number := shared.taken.take()) < len(shards):
-    job.write(*shards[number], shared, tick)
-
-
-def _write_with(
-  others: Sequence[concurrent.futures.Future[None]],
-  job: _Job,
-  shards: Sequence[tuple[str, int]],
-  shared: _Shared,
-  progress: _Progress,
-) -> None:
-  """Shares the work with other processes; when one fails, all stop."""
-
-  def tick() -> None:
-    progress.show()
-    for other in others:
-      if other.done():
-        other.result()
-
-  try:
-    _write_some(job, shards, shared, tick)
-    while not all(other.done() for other in others):
-      concurrent.futures.wait(others, _POLL_S)
-      tick()
-    tick()
-  except concurrent.futures.process.BrokenProcessPool as error:
-    raise InputError(
-      "a worker process was killed, perhaps for lack of memory; run the same command again, "
-      "with --processes=1 if it happens again"
-    ) from error
-  finally:
-    shared.stop.set()
-
-
-_worker: dict[str, Any] = {}  # what `_start_worker` was given; in worker processes only
-
-
-def _start_worker(job: _Job, shards: Sequence[tuple[str, int]], shared: _Shared) -> None:
-  _worker.update(job=job, shards=shards, shared=shared)
-  worker.obey_parent()  # the parent decides, and sets shared.stop
-
-
-def _work() -> None:
-  _write_some(_worker["job"], _worker["shards"], _worker["shared"], lambda: None)
-
-
 def _plan(config: ConfigDict, videos: clips.Videos, out: Path, masks: bool) -> _Job:
   """Decides what the records and shards are, and opens the folder for writing."""
   codec = config_lib.codec(config)
-  height, width = videos.size
-  if height % codec.downsample or width % codec.downsample:
-    raise InputError(
-      f"frames of {height}x{width} px do not divide into latent cells of {codec.downsample} px; "
-      "change data.height and data.width (or world.size)"
-    )
   per_shard = config.data.videos_per_shard
   if per_shard < 1:
     raise InputError(f"data.videos_per_shard must be at least 1, got {per_shard}")
   spec = store.Spec(
-    latent_shape=(height // codec.downsample, width // codec.downsample, codec.channels),
+    channels=codec.channels * (2 if codec.moments else 1),
     dtype=codec.dtype.name,
     codec=codec.spec(),
-    height=height,
-    width=width,
+    moments=codec.moments,
     stride=config.data.stride,
     masks=masks,
+    labels=videos.labels,
   )
   shards = {s: -(-videos.count(s) // per_shard) for s in clips.SPLITS if videos.count(s)}
   writer = store.create(out, spec, shards, {**videos.describe(), "per_shard": per_shard})
@@ -245,8 +112,8 @@ def encode(
   *,
   out: str | os.PathLike[str] = "",
   processes: int = 0,
-  host: int = 0,
-  hosts: int = 1,
+  shard: int = 0,
+  shards: int = 1,
   masks: bool = False,
 ) -> Path:
   """Writes the data set that `config` describes, or finishes what an earlier run began.
@@ -254,9 +121,9 @@ def encode(
   Args:
     config: see `videogpt_jax.config`; sections data, codec and (for the world) world.
     out: the folder; default `config.data.path`.
-    processes: how many write shards; 0: as many as there are CPU cores.
-    host, hosts: write only every hosts-th shard, from number `host` on, so that several
-      machines share the work in one folder; who comes last completes the data set.
+    processes: how many decode; 0: as many as there are CPU cores.
+    shard, shards: do only part number `shard` of so many, so that several machines or jobs
+      share the work in one folder; who comes last completes the data set.
     masks: store the per-object masks of the simulated world.
 
   Returns:
@@ -269,24 +136,42 @@ def encode(
   out = out or config.data.path
   if not out:
     raise InputError("no folder to write to: give --out=DIR (or set data.path)")
-  if not 0 <= host < hosts:
-    raise InputError(f"host {host} of {hosts}: --host goes from 0 to --hosts less one")
+  if not 0 <= shard < shards:
+    raise InputError(f"--shard={shard}/{shards}: I of I/N goes from 0 to N less one")
   start = time.monotonic()
-  job = _plan(config, clips.find(config, masks), Path(out), masks)
+  videos = clips.find(config, masks)
+  job = _plan(config, videos, Path(out), masks)
   writer = job.writer
   if not writer.complete:
-    print(f"encode {job.videos.describe()['source']} to {writer.path}", flush=True)
     pending = set(writer.pending())
-    if todo := [shard for shard in writer.every()[host::hosts] if shard in pending]:
-      job.codec.prepare()
-      _write(job, todo, processes or (1 if job.codec.on_device else machine.usable_cores()))
+    todo = [one for one in writer.every()[shard::shards] if one in pending]
+    if todo:
+      _write(job, todo, processes or machine.usable_cores())
     if left := writer.pending():
-      print(f"encode: {len(left)} shards left to the other hosts; the last one completes it")
+      print(f"encode: {len(left)} of {len(writer.every())} shards are left to other jobs; the "
+            "last one completes the data set")
       return writer.path
     _refuse_if_empty(job)
     writer.finish()
   _report(writer, time.monotonic() - start)
   return writer.path
+
+
+def _write(job: _Job, todo: list[transcode.Shard], processes: int) -> None:
+  """Writes shards, told before, meanwhile and after."""
+  count = sum(len(job.numbers(one)) for one in todo)
+  print(f"encode {count} videos ({job.videos.describe()['source']}) to {job.writer.path}, "
+        f"{len(todo)} shards", flush=True)
+  expected = projection.project(job.videos, job.codec)
+  print(f"encode expects about {expected.describe()}", flush=True)
+  free = shutil.disk_usage(job.writer.path).free
+  if expected.num_bytes > free:
+    print(f"warning: only {projection.size(free)} are free there", file=sys.stderr, flush=True)
+  job.codec.prepare()
+  progress = _Progress(count)
+  usage = transcode.run(job, todo, job.writer, job.codec, job.videos.loader, processes=processes,
+                        timeout_s=job.videos.timeout_s, show=progress)
+  progress(usage, final=True)
 
 
 def _refuse_if_empty(job: _Job) -> None:
@@ -306,47 +191,78 @@ def _refuse_if_empty(job: _Job) -> None:
 
 
 def _report(writer: store.Writer, seconds: float) -> None:
-  counts = {split: writer.num_records(split) for split in writer.shards}
-  size = sum(file.stat().st_size for file in writer.path.iterdir() if file.is_file())
-  held = " and ".join(f"{count} {split}" for split, count in counts.items())
-  print(f"encode done: {held} videos in {writer.path}, {size / 2**20:.1f} MiB, {seconds:.1f} s")
-  if rejected := writer.rejected():
-    print(f"encode left out {len(rejected)} videos, see {writer.path / store.REJECTED}")
-  for split, count in counts.items():
-    if not count:
+  rejected = writer.rejected()
+  for split in writer.shards:
+    source = store.open_split(writer.path, split)
+    sizes = ", ".join(f"{count} of {h}x{w}" for (h, w), count in source.buckets().items())
+    print(f"encode {split}: {len(source)} records, {int(source.lengths.sum())} frames, "
+          f"{projection.size(source.num_bytes)}; latents {sizes or 'none'}")
+    if not len(source):
       print(f"warning: no usable video in split {split!r}", file=sys.stderr)
+  counts = {split: writer.num_records(split) for split in writer.shards}
+  held = " and ".join(f"{count} {split}" for split, count in counts.items())
+  if rejected:
+    kinds = collections.Counter(kind(entry["reason"]) for entry in rejected)
+    print(f"encode left out {len(rejected)} videos, see {writer.path / store.REJECTED}:")
+    for name, count in kinds.most_common():
+      print(f"  {count:>8} {name}")
+  print(f"encode done: {held} records in {writer.path}, {seconds:.1f} s")
+
+
+def kind(reason: str) -> str:
+  """What sort of reason it is, without the numbers of one video."""
+  return reason.partition(":")[0]
+
+
+def _shard_of(text: str) -> tuple[int, int]:
+  """I and N of --shard=I/N; without it, this process among those of jax.distributed."""
+  if not text:
+    return jax.process_index(), jax.process_count()
+  index, slash, count = text.partition("/")
+  if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+    raise InputError(f"--shard={text} is not I/N with I from 0 to N less one, as in 0/64")
+  return int(index), int(count)
 
 
 def main() -> None:
   """The command; see the module's documentation."""
-  config = flags.FLAGS.config
-  if flags.FLAGS.vae:
+  f = flags.FLAGS
+  config = f.config
+  if f.vae:
     if config.codec.id != "vae":
       raise InputError(f"config.codec.id is {config.codec.id!r}: leave out --vae, or set it to "
                        "\"vae\"")
-    config.codec.path = flags.FLAGS.vae
-  if flags.FLAGS.videos:
+    config.codec.path = f.vae
+  if f.videos:
     config.data.source = "videos"
-    config.data.videos = flags.FLAGS.videos
-  encode(
-    config,
-    out=flags.FLAGS.out,
-    processes=flags.FLAGS.processes,
-    host=flags.FLAGS.host,
-    hosts=flags.FLAGS.hosts,
-    masks=flags.FLAGS.masks,
-  )
+    config.data.videos = f.videos
+  if f.distributed:
+    jax.distributed.initialize()
+  out = Path(f.out or config.data.path or ".").expanduser()
+  if not f.resume and out.is_dir() and any(out.iterdir()):
+    raise InputError(f"--noresume: {out} is not empty; delete it or choose another folder")
+  shard, shards = _shard_of(f.shard)
+  encode(config, out=f.out, processes=f.processes, shard=shard, shards=shards, masks=f.masks)
 
 
 def _define_flags() -> None:
-  config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/tiny.py.")
-  flags.DEFINE_string("videos", "", "Folder of video files; default: config.data.videos.")
+  config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/tiny.py. Any "
+                                  "leaf can be set, such as --config.data.min_side=128.")
+  flags.DEFINE_string("videos", "", "Folder of video files, or a list of them: .txt (a path a "
+                      "line, or path, tab, frames), .csv or .parquet (columns path, start, end, "
+                      "label, caption, split), or a published list with --config.data.recipe; "
+                      "default: config.data.videos.")
   flags.DEFINE_string("vae", "", "Folder (or hub name) of the autoencoder; default: "
                       "config.codec.path.")
   flags.DEFINE_string("out", "", "Folder of the data set; default: config.data.path.")
-  flags.DEFINE_integer("processes", 0, "Processes that work; 0: one per CPU core.")
-  flags.DEFINE_integer("host", 0, "Number of this machine among those that share the work.")
-  flags.DEFINE_integer("hosts", 1, "How many machines share the work.")
+  flags.DEFINE_integer("processes", 0, "Processes that decode; 0: one per CPU core.",
+                       lower_bound=0)
+  flags.DEFINE_string("shard", "", "I/N: do part I (from 0) of N, all in one folder; whoever is "
+                      "last completes the data set.")
+  flags.DEFINE_boolean("distributed", False, "Share the work among the processes of "
+                       "jax.distributed, as its environment says (TPU pods, SLURM, GKE).")
+  flags.DEFINE_boolean("resume", True, "Skip what an interrupted run has finished; --noresume "
+                       "refuses a folder that holds anything.")
   flags.DEFINE_boolean("masks", False, "Store the simulated world's object masks.")
   flags.mark_flag_as_required("config")
 

@@ -5,6 +5,7 @@ needed) and the visible pairs of the mask alone, forward and backward (twice for
 whatever an implementation computes beyond that. Recomputation does not count.
 """
 
+from collections.abc import Sequence
 import dataclasses
 
 import jax
@@ -40,6 +41,12 @@ class Cost:
     return self.dense + self.attention
 
 
+def expected(costs: Sequence[tuple[float, Cost]]) -> Cost:
+  """The mean of several costs by their shares."""
+  mean = lambda name: sum(share * getattr(cost, name) for share, cost in costs)
+  return Cost(**{field.name: mean(field.name) for field in dataclasses.fields(Cost)})
+
+
 def token_flops(config: model.Config) -> float:
   """Forward FLOPs of one token in the stack's matrix products."""
   b = config.backbone
@@ -68,7 +75,8 @@ def training(
 
   @jax.jit
   def count(keys: jax.Array) -> tuple[jax.Array, ...]:
-    _, blocks = objective(keys, jnp.zeros((_DRAWS, frames, 1, 1, 1)))
+    nothing = jnp.zeros((_DRAWS, frames, 1, 1, 1))
+    _, blocks = objective(keys, nothing, nothing)
     tokens = layout.tokens(blocks, patches)
     pairs = jax.lax.map(lambda row: mask.live_pairs(row)[0].astype(jnp.float32),
                         jax.tree.map(lambda x: x[:, None], mask.ranks(tokens)))

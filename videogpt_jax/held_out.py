@@ -10,14 +10,13 @@ import numpy as np
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax.data import pipeline
-from videogpt_jax.data import store
 
 
 class Loss:
   """Means over `log.validation_batches` batches: all, by noise level, by clip index."""
 
   def __init__(self, config: ConfigDict, recipe: step_lib.Recipe, mesh: jax.sharding.Mesh,
-               videos: store.Source) -> None:
+               videos: pipeline.Mixture) -> None:
     self._config, self._mesh, self._videos = config, mesh, videos
     self._step = step_lib.compile_validation(recipe, mesh)
 

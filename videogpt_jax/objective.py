@@ -1,7 +1,9 @@
 """What a video becomes in a training step: which frames are denoised, given which.
 
-An objective turns normalised latents and one key per sample into a `flow.Draw` and the
-frame blocks that stand for it. The model, the mask and the loss are the same for all.
+An objective turns one key per sample and normalised latents, once for what is noised and
+predicted and once for the clean copies, into a `flow.Draw` and the frame blocks that stand for
+it. The two are the same array, or two draws of one posterior. The model, the mask and the loss
+are the same for all.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from videogpt_jax import flow
 from videogpt_jax import layout
 
-Objective = Callable[[PRNGKeyArray, Float[Array, "B N h w C"]],
+Objective = Callable[[PRNGKeyArray, Float[Array, "B N h w C"], Float[Array, "B N h w C"]],
                      tuple[flow.Draw, layout.FrameBlocks]]
 Partition = Callable[[PRNGKeyArray, int], Int[Array, "N"]]
 
@@ -28,11 +30,11 @@ def next_clip(partition: Partition, beta: float = 0.9, last_clip: int = 1) -> Ob
       which nobody sees, are left out.
   """
 
-  def draw(rng: PRNGKeyArray, latents: Array) -> tuple[flow.Draw, layout.FrameBlocks]:
+  def draw(rng: PRNGKeyArray, latents: Array, clean: Array) -> tuple[flow.Draw, layout.FrameBlocks]:
     rng_clip, rng_noise = _split(rng)
     frames = latents.shape[1]
     clip = jax.vmap(lambda key: partition(key, frames))(rng_clip)
-    draw = flow.draw(rng_noise, clip, latents, latents[:, :-last_clip], beta)
+    draw = flow.draw(rng_noise, clip, latents, clean[:, :-last_clip], beta)
     return draw, layout.training(clip, last_clip=last_clip)
 
   return draw
@@ -45,9 +47,9 @@ def continuation(history: int, beta: float = 0.9) -> Objective:
   only be asked to continue videos in this way.
   """
 
-  def draw(rng: PRNGKeyArray, latents: Array) -> tuple[flow.Draw, layout.FrameBlocks]:
+  def draw(rng: PRNGKeyArray, latents: Array, clean: Array) -> tuple[flow.Draw, layout.FrameBlocks]:
     batch, frames = latents.shape[:2]
-    given, target = latents[:, :history], latents[:, history:]
+    given, target = clean[:, :history], latents[:, history:]
     clip = jnp.zeros(target.shape[:2], jnp.int32)
     draw = flow.draw(_split(rng)[1], clip, target, given, beta)
     return draw, layout.prediction(history, frames - history, batch)

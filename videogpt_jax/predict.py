@@ -32,6 +32,7 @@ from videogpt_jax import rollout
 from videogpt_jax import sampler as sampler_lib
 from videogpt_jax import sharding
 from videogpt_jax import weights as weights_lib
+from videogpt_jax.data import fit as fit_lib
 from videogpt_jax.data import given as given_lib
 from videogpt_jax.errors import InputError
 
@@ -192,7 +193,8 @@ def main() -> None:
     if not f.video:
       return given_lib.of_world(source.config, f.sample, f.history or default_history)
     data = source.config["data"]
-    return given_lib.read(path, size=(data["height"], data["width"]), history=f.history,
+    fit = fit_lib.of(data, source.config["codec"]["block"], source.model.patch_size)
+    return given_lib.read(path, fit=fit, history=f.history,
                           default_history=default_history, following=f.frames, interval=interval)
 
   if len(found) == 1:

@@ -14,7 +14,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 import optax
 import optax.contrib
 
@@ -32,6 +32,9 @@ Metrics = dict[str, Array]
 
 
 OPTIMIZERS = ("adamw", "muon")
+# The mean; one draw for both copies of a frame; one draw for each (as published).
+POSTERIORS = ("mean", "sample", "separate")
+_POSTERIOR_STREAM = 1 << 20  # of a row's key: noise of the posterior is independent of the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +114,16 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What a train step needs to know, all of it static."""
+  """What a train step needs to know, all of it static.
+
+  `posterior` says what becomes of stored moments: see `POSTERIORS`.
+  """
 
   model: model.Config
   codec: codec_lib.Codec
   objective: objective_lib.Objective
   optimizer: OptimizerConfig
+  posterior: str = "mean"
   ema_decay: float = 0.999
   accumulation: int = 1
   seed: int = 0
@@ -198,9 +205,31 @@ def loss_metrics(aux: dict[str, Float[Array, "B N"]]) -> Metrics:
   }
 
 
+def seen_latents(
+  recipe: Recipe, rng: PRNGKeyArray, stored: Array
+) -> tuple[Float[Array, "B N h w C"], Float[Array, "B N h w C"]]:
+  """Normalised latents for what is noised and predicted, and for the clean copies.
+
+  Args:
+    recipe: says the codec, and what becomes of a posterior.
+    rng: one key per row.
+    stored: [B, N, h, w, C or 2C].
+  """
+  codec = recipe.codec
+  if recipe.posterior == "mean":
+    return (codec.normalize(stored),) * 2
+  shape = (*stored.shape[1:-1], codec.channels)
+
+  def draw(stream: int) -> Array:
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, _POSTERIOR_STREAM + stream))(rng)
+    return codec.sample(stored, jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
+
+  latents = draw(0)
+  return latents, draw(1) if recipe.posterior == "separate" else latents
+
+
 def _loss(recipe: Recipe, params: Any, rng: Array, stored: Array, total: Array):
-  latents = recipe.codec.normalize(stored)
-  draw, blocks = recipe.objective(rng, latents)
+  draw, blocks = recipe.objective(rng, *seen_latents(recipe, rng, stored))
   x1 = model.predict(recipe.model, params, draw.clean, draw.noisy, draw.t, blocks)
   loss, aux = flow.loss(x1, draw, normalizer=total)
   return loss, loss_metrics(aux)
@@ -212,7 +241,7 @@ def gradients(recipe: Recipe, params: Any, rng: Array, stored: Array) -> tuple[A
   Every real frame of the global batch weighs the same, whichever part it stands in.
   """
   batch = stored.shape[0]
-  draws = lambda keys, x: recipe.objective(keys, recipe.codec.normalize(x))[0].target
+  draws = lambda keys, x: recipe.objective(keys, *seen_latents(recipe, keys, x))[0].target
   frames = jax.eval_shape(draws, rng, stored).shape[1]
   total = jnp.float32(batch * frames)
   grad_fn = jax.grad(functools.partial(_loss, recipe), has_aux=True)

@@ -45,8 +45,8 @@ class Run:
   workdir: str
   recipe: step_lib.Recipe
   mesh: jax.sharding.Mesh
-  source: store.Source
-  validation: store.Source
+  source: pipeline.Mixture
+  validation: pipeline.Mixture
   writer: telemetry.Writer
 
   def extra(self) -> dict[str, Any]:
@@ -111,24 +111,61 @@ def _loop(run: Run, state: step_lib.TrainState, start: int,
 # Before the loop --------------------------------------------------------------------------
 
 
-def open_data(config: ConfigDict) -> tuple[store.Source, store.Source]:
+def open_data(config: ConfigDict) -> tuple[pipeline.Mixture, pipeline.Mixture]:
   """The train and validation splits; `InputError` if they do not fit the configuration."""
-  if not config.data.path:
-    raise InputError("config.data.path is empty: name the folder that `encode` wrote")
-  splits = [store.open_split(config.data.path, split) for split in ("train", "validation")]
-  codec = config_lib.codec(config)
-  cells = (config.data.height // codec.downsample, config.data.width // codec.downsample)
-  for source in splits:
-    info = source.info
-    if info.codec != codec.spec() or tuple(info.latent_shape) != (*cells, codec.channels):
-      raise InputError(
-        f"the data set {config.data.path} holds latents {tuple(info.latent_shape)} of codec "
-        f"{info.codec}, the configuration asks for {(*cells, codec.channels)} of {codec.spec()}; "
-        "encode again, or mend config.codec, config.data.height and config.data.width"
-      )
-    interval = tuple(config.data.interval)
-    pipeline.plan(source.lengths, info.stride, config.data.frames, interval)
-  return splits[0], splits[1]
+  paths, weights = _mixture(config)
+  opened = []
+  for split in ("train", "validation"):
+    sources = tuple(store.open_split(path, split) for path in paths)
+    for path, source in zip(paths, sources, strict=True):
+      _check_data(config, path, source)
+    if len({(source.info.channels, source.info.dtype) for source in sources}) > 1:
+      raise InputError("the data sets of config.data.mixture store latents in different ways "
+                       "(type, or moments and means); encode them alike")
+    # However few, held-out videos count.
+    smallest = config.data.min_bucket if split == "train" else 1
+    mixture = pipeline.Mixture(sources, weights, smallest)
+    pipeline.buckets(mixture, config.data.frames, tuple(config.data.interval))
+    opened.append(mixture)
+  return opened[0], opened[1]
+
+
+def _mixture(config: ConfigDict) -> tuple[list[str], tuple[float, ...]]:
+  """Paths and weights of the data sets."""
+  if not config.data.mixture:
+    if not config.data.path:
+      raise InputError("config.data.path is empty: name the folder that `encode` wrote")
+    return [config.data.path], ()
+  paths, weights = [], []
+  for entry in config.data.mixture:
+    path, equals, weight = entry.partition("=")
+    paths.append(path)
+    try:
+      weights += [float(weight)] if equals else []
+    except ValueError as error:
+      raise InputError(f"config.data.mixture: the weight of {entry!r} is no number") from error
+  if weights and len(weights) != len(paths):
+    raise InputError("config.data.mixture: give every data set a weight (PATH=WEIGHT), or none")
+  return paths, tuple(weights)
+
+
+def _check_data(config: ConfigDict, path: str, source: store.Source) -> None:
+  """Raises `InputError` unless a data set holds what the configuration asks for."""
+  codec, fit, info = config_lib.codec(config), config_lib.fit(config), source.info
+  if codec_lib.stored(info.codec) != codec_lib.stored(codec.spec()):
+    raise InputError(
+      f"the data set {path} holds latents of codec {codec_lib.stored(info.codec)}, the "
+      f"configuration asks for {codec_lib.stored(codec.spec())}; encode again, or mend "
+      "config.codec")
+  sizes = np.unique(source.sizes, axis=0) * codec.downsample
+  if wrong := [f"{h}x{w}" for h, w in sizes.tolist() if not fit.holds((h, w))]:
+    raise InputError(
+      f"the data set {path} holds frames of {', '.join(wrong[:5])} px, the configuration asks for "
+      f"{fit}; encode again, or mend config.data.height and width, buckets or longest_side")
+  if config.data.posterior != "mean" and not info.moments:
+    raise InputError(
+      f"config.data.posterior is {config.data.posterior!r}, but the data set {path} holds means "
+      "alone; use 'mean', or encode again with --config.codec.moments=True")
 
 
 def check_devices(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -218,8 +255,7 @@ class TrainLog:
     self._late: tuple[int, step_lib.Metrics] | None = None
     self._fetched: list[dict[str, np.ndarray]] = []
     self._schedule = step_lib.learning_rate(run.recipe.optimizer)
-    cost = flops.training(run.recipe.model, run.recipe.objective, run.config.train.batch_size,
-                          _latent_shape(run))
+    cost = _expected_cost(run)
     device = jax.devices()[0]
     peak = machine.peak_flops_per_device(device)
     self.progress = telemetry.Progress(
@@ -305,7 +341,7 @@ class Videos:
 
   def __init__(self, run: Run):
     self._run = run
-    self._count = min(run.config.log.videos, len(run.validation))
+    self._count = min(run.config.log.videos, sum(map(len, run.validation.sources)))
     if self._count:
       try:
         run.recipe.codec.prepare()
@@ -342,5 +378,11 @@ class Videos:
     print(f"step {step} wrote {count} rollouts like {path}", flush=True)
 
 
-def _latent_shape(run: Run) -> tuple[int, int, int, int]:
-  return (run.config.data.frames, *run.source.info.latent_shape)
+def _expected_cost(run: Run) -> flops.Cost:
+  """Of a step, over the sizes of frames."""
+  data, recipe = run.config.data, run.recipe
+  shares = pipeline.buckets(run.source, data.frames, tuple(data.interval))
+  costs = [(share, flops.training(recipe.model, recipe.objective, run.config.train.batch_size,
+                                  (data.frames, *size, recipe.codec.channels)))
+           for size, share in shares.items()]
+  return flops.expected(costs)

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import numpy as safetensors
 from safetensors import SafetensorError
 
+from videogpt_jax import convolution
 from videogpt_jax.errors import InputError
 
 _EPSILON = 1e-6  # of every group norm
@@ -87,14 +88,14 @@ def _norm(config: Config, name: str) -> nn.GroupNorm:
   return nn.GroupNorm(config.norm_groups, epsilon=_EPSILON, dtype=jnp.float32, name=name)
 
 
-def _conv(config: Config, channels: int, name: str | None = None, *, size: int = 3,
-          stride: int = 1, padding: tuple[int, int] = (1, 1)) -> nn.Conv:
-  """A convolution; `padding` is before and after, along both sides."""
-  return nn.Conv(channels, (size, size), stride, [padding, padding], dtype=config.dtype, name=name)
+def _conv(config: Config, channels: int, name: str, by: Any = convolution.same) -> nn.Conv:
+  """A 3x3 convolution with a border of one zero; `by` computes it."""
+  return nn.Conv(channels, (3, 3), padding=1, dtype=config.dtype, conv_general_dilated=by,
+                 name=name)
 
 
 def _point(config: Config, channels: int, name: str | None = None) -> nn.Conv:
-  return _conv(config, channels, name, size=1, padding=(0, 0))
+  return nn.Conv(channels, (1, 1), dtype=config.dtype, name=name)
 
 
 class Resnet(nn.Module):
@@ -150,7 +151,8 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h_ w_ D"]:
-    return _conv(self.config, x.shape[-1], "conv", stride=2, padding=(0, 1))(x)
+    padding = [(0, 1), (0, 1)]
+    return nn.Conv(x.shape[-1], (3, 3), 2, padding, dtype=self.config.dtype, name="conv")(x)
 
 
 class Upsample(nn.Module):
@@ -160,8 +162,7 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h_ w_ D"]:
-    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    return _conv(self.config, x.shape[-1], "conv")(x)
+    return _conv(self.config, x.shape[-1], "conv", convolution.doubled)(x)
 
 
 class Level(nn.Module):

@@ -73,11 +73,6 @@ class Weights:
   path: str
   mesh: jax.sharding.Mesh | None = None
 
-  @property
-  def frame_size(self) -> tuple[int, int]:
-    """(height, width) in px that the model was trained on."""
-    return self.config["data"]["height"], self.config["data"]["width"]
-
   def continue_video(
     self,
     frames: UInt8[np.ndarray, "B h_ H W 3"],

@@ -26,13 +26,20 @@ from videogpt_jax.errors import InputError
 class Memory:
   """Records in memory; a latent says which record and which stored frame it is."""
 
-  def __init__(self, lengths, stride=1):
+  fingerprint = "memory"
+
+  def __init__(self, lengths, stride=1, sizes=(1, 1)):
     self.lengths = np.asarray(lengths, np.int32)
+    self.sizes = np.broadcast_to(np.asarray(sizes, np.int32), (len(lengths), 2))
     self.info = SimpleNamespace(stride=stride)
+
+  def __len__(self):
+    return len(self.lengths)
 
   def __getitem__(self, index):
     frames = np.arange(self.lengths[index], dtype=np.int32)
-    return {"latents": (1000 * index + frames).reshape(-1, 1, 1, 1)}
+    stamp = (1000 * index + frames).reshape(-1, 1, 1, 1)
+    return {"latents": stamp * np.ones((*self.sizes[index], 1), np.int32)}
 
 
 def _take(count, source, **options):
@@ -190,6 +197,7 @@ def test_runs_in_a_program_that_never_parsed_flags():
     from videogpt_jax.data import pipeline
     class Source:
       lengths, info = np.array([4], np.int32), SimpleNamespace(stride=1)
+  sizes = np.ones((1, 2), np.int32)
       def __getitem__(self, index):
         return {"latents": np.zeros((4, 1, 1, 1))}
     if __name__ == "__main__":

@@ -15,12 +15,13 @@ from videogpt_jax.data import store
 from videogpt_jax.errors import InputError
 
 _SPEC = store.Spec(
-  latent_shape=(2, 3, 4), dtype="uint8", codec={"id": "pixels", "block": 2}, height=4, width=6
+  channels=4, dtype="uint8", codec={"id": "pixels", "block": 2}, labels=("a", "b c")
 )
+_SIZES = ((2, 3), (4, 2), (2, 3))  # of the records of a shard
 
 
-def _latents(seed, length, spec=_SPEC):
-  bits = np.random.default_rng(seed).integers(0, 256, (length, *spec.latent_shape), np.uint8)
+def _latents(seed, length, spec=_SPEC, size=(2, 3)):
+  bits = np.random.default_rng(seed).integers(0, 256, (length, *size, spec.channels), np.uint8)
   return bits.astype(ml_dtypes.bfloat16) / 7 if spec.dtype == "bfloat16" else bits
 
 
@@ -31,7 +32,7 @@ def _write(path, shards=None, spec=_SPEC, lengths=(5, 1, 9), finish=True):
     with writer.shard(split, index) as shard:
       for k, length in enumerate(lengths):
         shard.add(
-          _latents(10 * index + k, length, spec),
+          _latents(10 * index + k, length, spec, _SIZES[k]),
           fps=12.5,
           source=f"{split}/{index}/{k}",
           label=k,
@@ -52,10 +53,15 @@ def test_what_is_written_comes_back(tmp_path):
   assert source.info == _SPEC
   assert source.lengths.tolist() == [5, 1, 9, 5, 1, 9]
   assert len(source) == 6
+  assert source.sizes.tolist() == [list(size) for size in 2 * _SIZES]
+  assert source.buckets() == {(2, 3): 4, (4, 2): 2}
+  assert source.num_bytes == sum(
+    path.stat().st_size for path in (tmp_path / "set").glob("*train.array_record*"))
   for i in (5, 0, 4, 1, 3, 2):
     record = source[i]
     shard, k = divmod(i, 3)
-    np.testing.assert_array_equal(record["latents"], _latents(10 * shard + k, (5, 1, 9)[k]))
+    expected = _latents(10 * shard + k, (5, 1, 9)[k], size=_SIZES[k])
+    np.testing.assert_array_equal(record["latents"], expected)
     assert record["source"] == f"train/{shard}/{k}"
     assert (record["fps"], record["stride"], record["label"]) == (12.5, 1, k)
     assert record["caption"] == "a red ball, größer"
@@ -67,7 +73,7 @@ def test_what_is_written_comes_back(tmp_path):
 
 
 def test_bfloat16_and_masks_come_back_bit_for_bit(tmp_path):
-  spec = store.Spec((2, 3, 4), "bfloat16", {"id": "vae"}, height=4, width=6, stride=3, masks=True)
+  spec = store.Spec(4, "bfloat16", {"id": "vae"}, moments=True, stride=3, masks=True)
   writer = store.create(tmp_path, spec, {"train": 1}, {})
   latents = _latents(0, 4, spec)
   masks = np.random.default_rng(1).integers(0, 2, (4, 5, 4, 6), np.uint8)
@@ -142,7 +148,7 @@ def test_a_second_run_writes_only_what_is_missing(tmp_path):
   with writer.shard("train", 1) as shard:
     for k, length in enumerate((5, 1, 9)):
       shard.add(
-        _latents(10 + k, length), fps=12.5, source=f"train/1/{k}", label=k,
+        _latents(10 + k, length, size=_SIZES[k]), fps=12.5, source=f"train/1/{k}", label=k,
         caption="a red ball, größer",
       )
   with pytest.raises(RuntimeError, match="in the middle"), writer.shard("train", 0) as shard:
@@ -164,7 +170,7 @@ def test_a_killed_finish_is_repeated(tmp_path):
   writer = _write(tmp_path / "set", finish=False)
   _write(tmp_path / "whole")
   # What a kill leaves just before the last rename: all files but the one that seals the set.
-  for name in ("rejected.jsonl", "features.json", "lengths-train.npy"):
+  for name in ("rejected.jsonl", "features.json", "shapes-train.npy"):
     (tmp_path / "set" / name).write_bytes(b"half")
   writer.finish()
   assert _content(tmp_path / "set") == _content(tmp_path / "whole")
@@ -260,7 +266,7 @@ def test_full_disk_is_reported_and_leaves_finished_shards(tmp_path):
     from videogpt_jax.data import store
     from videogpt_jax.errors import InputError
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    spec = store.Spec((16, 16, 48), "uint8", {{}}, 64, 64)
+    spec = store.Spec(48, "uint8", {{}})
     writer = store.create({str(tmp_path)!r}, spec, {{"train": 2}}, {{}})
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 48), np.uint8)
     with writer.shard("train", 0) as shard:
@@ -279,7 +285,7 @@ def test_full_disk_is_reported_and_leaves_finished_shards(tmp_path):
   )
   assert done.returncode == 3, done.stderr
   assert "File too large" in done.stdout and "run the same command again" in done.stdout
-  spec = store.Spec((16, 16, 48), "uint8", {}, 64, 64)
+  spec = store.Spec(48, "uint8", {})
   writer = store.create(tmp_path, spec, {"train": 2}, {})
   assert writer.pending() == [("train", 1)]
   assert not list((tmp_path / ".partial").glob("*.tmp-*"))

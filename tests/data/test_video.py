@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from videogpt_jax.data import fit
 from videogpt_jax.data import video
 from videogpt_jax.errors import InputError
 
@@ -29,7 +30,7 @@ def _moving(count=12, height=48, width=64):
 
 
 def _psnr(a, b):
-  return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+  return 10 * np.log10(255**2 / max(1e-9, np.mean((a.astype(float) - b) ** 2)))
 
 
 def _encode(path, frames, *, movflags="", rotation=0, codec="libx264rgb", pix_fmt="rgb24"):
@@ -222,6 +223,100 @@ def test_finding_videos(tmp_path):
       video.find_videos(tmp_path / missing)
 
 
+def test_links_are_followed_and_loops_of_links_do_no_harm(tmp_path):
+  folder, elsewhere = tmp_path / "videos", tmp_path / "elsewhere"
+  (folder / "a").mkdir(parents=True)
+  elsewhere.mkdir()
+  (elsewhere / "far.mp4").touch()
+  (folder / "a" / "near.mp4").touch()
+  os.symlink(elsewhere, folder / "linked")
+  os.symlink(folder, folder / "a" / "loop")
+  os.symlink("self.mp4", folder / "self.mp4")
+  found = [path.relative_to(folder).as_posix() for path in video.find_videos(folder)]
+  assert found == ["a/near.mp4", "linked/far.mp4"]
+
+
+def test_parts_of_a_video(tmp_path):
+  frames = _moving(count=40)
+  _encode(tmp_path / "a.mp4", frames)  # ten frames a second, a key frame every twelfth
+  for start, end in ((0.0, 1.0), (0.5, 2.0), (1.2, 1.3), (2.7, None), (None, 0.4)):
+    part = video.read(tmp_path / "a.mp4", start=start, end=end)
+    first, last = round(10 * (start or 0)), 40 if end is None else round(10 * end)
+    np.testing.assert_array_equal(part.frames, frames[first:last])
+  with pytest.raises(video.VideoError, match="no frames after 5 s"):
+    video.read(tmp_path / "a.mp4", start=5.0)
+
+
+def _uneven(path, frames, times):
+  """A video whose frames come at `times`, ms."""
+  with av.open(os.fspath(path), "w") as file:
+    stream = file.add_stream("libx264rgb", rate=1000, options={"crf": "0"})
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt, stream.time_base = "rgb24", Fraction(1, 1000)
+    for frame, time in zip(frames, times, strict=True):
+      picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+      picture.pts, picture.time_base = time, Fraction(1, 1000)
+      file.mux(stream.encode(picture))
+    file.mux(stream.encode())
+
+
+def test_frames_that_come_unevenly_are_taken_as_they_are_or_by_their_times(tmp_path):
+  frames = _moving(count=8)
+  times = [0, 100, 110, 120, 400, 500, 900, 1000]
+  _uneven(tmp_path / "a.mkv", frames, times)
+  np.testing.assert_array_equal(video.read(tmp_path / "a.mkv").frames, frames)
+  taken = video.read(tmp_path / "a.mkv", fps=10.0)
+  assert taken.fps == 10.0
+  shown = [max(i for i, time in enumerate(times) if time <= 100 * k) for k in range(11)]
+  np.testing.assert_array_equal(taken.frames[:11], frames[shown])
+  assert len(taken.frames) - 11 <= 2  # how long the last one is shown is a guess
+  half = video.read(tmp_path / "a.mkv", fps=10.0, stride=2)
+  np.testing.assert_array_equal(half.frames, taken.frames[::2])
+  assert half.fps == 5.0
+
+
+@pytest.mark.parametrize(("pix_fmt", "codec", "suffix"), [
+  ("yuv420p10le", "libx265", "mp4"), ("gray", "ffv1", "mkv"), ("bgra", "ffv1", "mkv"),
+  ("yuv444p", "libx264", "mp4"),
+])
+def test_ten_bits_grey_and_alpha(tmp_path, pix_fmt, codec, suffix):
+  frames = _moving()
+  if pix_fmt == "gray":
+    frames = np.repeat(frames[..., :1], 3, axis=-1)
+  _encode(tmp_path / f"a.{suffix}", frames, codec=codec, pix_fmt=pix_fmt)
+  read = video.read(tmp_path / f"a.{suffix}").frames
+  assert read.shape == frames.shape and _psnr(read, frames) > 30
+
+
+def test_the_first_stream_that_moves_is_read(tmp_path):
+  frames = _moving()
+  with av.open(str(tmp_path / "two.mkv"), "w") as file:
+    streams = [file.add_stream("libx264rgb", rate=Fraction(10), options={"crf": "0"})
+               for _ in range(2)]
+    for stream in streams:
+      stream.height, stream.width, stream.pix_fmt = 48, 64, "rgb24"
+    for frame in frames:
+      for stream, pixels in zip(streams, (frame, 255 - frame), strict=True):
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+    for stream in streams:
+      file.mux(stream.encode())
+  np.testing.assert_array_equal(video.read(tmp_path / "two.mkv").frames, frames)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm"])
+def test_a_matroska_file_that_ends_early_is_refused(tmp_path, name, part):
+  codec = ("libx264rgb", "rgb24") if name == "a.mkv" else ("libvpx-vp9", "yuv420p")
+  rng = np.random.default_rng(0)
+  frames = rng.integers(0, 256, (60, 24, 32, 3), dtype=np.uint8).repeat(2, 1).repeat(2, 2)
+  _encode(tmp_path / name, frames, codec=codec[0], pix_fmt=codec[1])
+  assert len(video.read(tmp_path / name).frames) == 60
+  whole = (tmp_path / name).read_bytes()
+  (tmp_path / name).write_bytes(whole[:int(part * len(whole))])
+  with pytest.raises(video.VideoError, match=r"cut short: ends after|damaged"):
+    video.read(tmp_path / name)
+
+
 # Writing.
 
 
@@ -324,10 +419,50 @@ def test_gif_of_a_still_video_lasts_as_long(tmp_path):
 # Pictures.
 
 
-def test_shrinking_averages_areas():
-  frames = np.random.default_rng(0).integers(0, 256, (2, 24, 36, 3), dtype=np.uint8)
-  expected = frames.reshape(2, 8, 3, 12, 3, 3).mean((2, 4))
-  assert np.abs(video.resize_and_crop(frames, 8, 12) - expected).max() <= 1
+def test_shrinking_averages_areas_by_halves():
+  frames = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+  expected = frames.reshape(2, 12, 4, 12, 4, 3).mean((2, 4))
+  assert np.abs(video.resize_and_crop(frames, 12, 12) - expected).max() <= 2  # rounded twice
+
+
+@pytest.mark.parametrize("size", [(90, 160), (720, 1280), (480, 360), (1080, 500)])
+def test_the_longest_side_as_published(size):
+  """Halve by areas, then bicubic to the longest side, then cut to multiples: step by step."""
+  height, width = size
+  frame = np.random.default_rng(1).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+  frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+  picture = Image.fromarray(frame)
+  while min(picture.width, picture.height) >= 640:
+    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+  scale = 320 / max(picture.size)
+  picture = picture.resize(tuple(round(x * scale) for x in picture.size), Image.Resampling.BICUBIC)
+  expected = np.asarray(picture)
+  cut_h, cut_w = expected.shape[0] % 16, expected.shape[1] % 16
+  expected = expected[cut_h // 2:expected.shape[0] - (cut_h - cut_h // 2),
+                      cut_w // 2:expected.shape[1] - (cut_w - cut_w // 2)]
+  out = fit.Fit(longest_side=320, multiple=16)(frame)
+  assert max(out.shape) == 320 and not any(side % 16 for side in out.shape[:2])
+  np.testing.assert_array_equal(out, expected)
+
+
+def test_the_size_with_the_nearest_proportions_is_taken():
+  sizes = fit.of({"buckets": ("176x320", "240x320", "320x320", "320x176")}, 8, 2)
+  for given, taken in (((720, 1280), (176, 320)), ((480, 640), (240, 320)), ((99, 100), (320, 320)),
+                       ((1920, 1080), (320, 176)), ((100, 10_000), (176, 320))):
+    assert sizes.size(*given) == taken and sizes.holds(taken)
+  assert not sizes.holds((64, 64))
+
+
+@pytest.mark.parametrize(("data", "message"), [
+  ({"buckets": ("176*320",)}, "HEIGHTxWIDTH"),
+  ({"buckets": ("180x320",)}, "180x320 px do not divide into latent cells of 8 px and patches"),
+  ({"height": 64, "width": 60}, "64x60 px do not divide"),
+  ({"longest_side": 330}, "longest_side must be a multiple of 16 px"),
+  ({"longest_side": 320, "buckets": ("176x320",)}, "exclude each other"),
+])
+def test_sizes_that_are_none(data, message):
+  with pytest.raises(InputError, match=message):
+    fit.of(data, 8, 2)
 
 
 def test_cropping_keeps_the_centre_and_the_proportions():
@@ -337,7 +472,7 @@ def test_cropping_keeps_the_centre_and_the_proportions():
   tall = frames.swapaxes(1, 2)
   assert np.all(video.resize_and_crop(tall, 20, 20) == 200)
   wide = video.resize_and_crop(frames, 20, 40)
-  assert np.all(wide[:, :, 11:29] == 200) and np.all(wide[:, :, [0, 39]] == 0)
+  assert np.all(wide[:, :, 13:27] == 200) and np.all(wide[:, :, [0, 39]] == 0)
 
 
 def test_enlarging_and_keeping_the_size():

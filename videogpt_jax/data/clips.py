@@ -1,19 +1,19 @@
-"""Where `encode` takes its clips from: a folder of video files, or the simulated world."""
+"""Which videos `encode` reads: files in folders and lists, or the simulated world."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
+import functools
 import hashlib
-import os
-from pathlib import Path
 from typing import Any, Protocol, TYPE_CHECKING
 
-from jaxtyping import UInt8
+from jaxtyping import Int64
 from ml_collections import ConfigDict
 import numpy as np
 
+from videogpt_jax.data import fit as fit_lib
+from videogpt_jax.data import listing as listing_lib
+from videogpt_jax.data import load
 from videogpt_jax.data import pipeline
-from videogpt_jax.data import store
-from videogpt_jax.data import video
 from videogpt_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,36 +22,32 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation")
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
-  """One video, ready for the codec, and what is known about it."""
-
-  frames: UInt8[np.ndarray, "T H W 3"]
-  fps: float
-  source: str
-  label: int = store.NO_LABEL
-  caption: str = ""
-  masks: UInt8[np.ndarray, "T O H W"] | None = None
-
-
 class Videos(Protocol):
-  """Where clips come from; picklable, since worker processes load the clips."""
+  """Where clips come from: numbered items in splits, and what makes clips of them."""
 
   @property
-  def size(self) -> tuple[int, int]:
-    """(height, width) of every clip, px."""
+  def loader(self) -> load.Loader:
+    """Makes clips of an item, in another process."""
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """Names of the classes, by label; empty if there are none."""
+
+  @property
+  def timeout_s(self) -> float:
+    """Without a new frame for so long, a decoder counts as hung."""
 
   def count(self, split: str) -> int:
     """Number of videos of a split."""
 
-  def name(self, split: str, index: int) -> str:
-    """A name for lists and records."""
+  def item(self, split: str, index: int) -> Any:
+    """What `loader` makes clips of."""
 
-  def load(self, split: str, index: int) -> Clip:
-    """The video; raises `InputError` with the reason if it cannot be used."""
+  def name(self, split: str, index: int) -> str:
+    """A name for lists."""
 
   def describe(self) -> dict[str, Any]:
-    """A JSON-able identity: equal only if every `load` gives the same."""
+    """A JSON-able identity: equal only if every `item` leads to the same clips."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,104 +57,68 @@ class WorldVideos:
   settings: "world.Settings"
   counts: Mapping[str, int]
   masks: bool = False
+  timeout_s: float = 600.0
 
   @property
-  def size(self) -> tuple[int, int]:
-    return self.settings.size, self.settings.size
+  def loader(self) -> load.Loader:
+    return load.Simulated(self.settings, self.masks)
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    return ()
 
   def count(self, split: str) -> int:
     return self.counts[split]
 
-  def name(self, split: str, index: int) -> str:
-    return f"world/{self._seed(split, index)}"
-
-  def load(self, split: str, index: int) -> Clip:
-    from videogpt_jax.data import world  # needs the extra [demo], as nothing else here does
-
-    sample = world.simulate(self.settings, self._seed(split, index))
-    return Clip(
-      frames=sample.frames,
-      fps=self.settings.fps,
-      source=self.name(split, index),
-      label=sample.label,
-      caption=sample.caption,
-      masks=sample.masks.astype(np.uint8) if self.masks else None,
-    )
-
-  def describe(self) -> dict[str, Any]:
-    return {"source": "world", **dataclasses.asdict(self)}
-
-  def _seed(self, split: str, index: int) -> int:
+  def item(self, split: str, index: int) -> int:
     from videogpt_jax.data import world
 
     seed = world.train_seed if split == "train" else world.held_out_seed
     return seed(index)
 
+  def name(self, split: str, index: int) -> str:
+    return f"world/{self.item(split, index)}"
+
+  def describe(self) -> dict[str, Any]:
+    return {"source": "world", "settings": dataclasses.asdict(self.settings),
+            "counts": dict(self.counts), "masks": self.masks}
+
 
 @dataclasses.dataclass(frozen=True)
 class VideoFiles:
-  """Video files below a folder, resized and cropped.
+  """The entries of a listing, decoded, resized and cropped.
 
   Attributes:
-    folder: where they are.
-    names: of each split, relative to the folder.
-    digest: hash of the names and sizes of all files.
-    height, width: px of a clip.
-    stride: every stride-th frame is kept.
-    max_frames: longer clips are cut there; 0: no limit.
-    min_frames: shorter clips are refused.
-    min_side: px; smaller source frames are refused.
-    max_aspect: more elongated source frames are refused.
+    listing: all entries.
+    rows: int64, the entries of each split.
+    loader: what becomes of them.
+    timeout_s: see `Videos`.
   """
 
-  folder: Path
-  names: Mapping[str, Sequence[str]]
-  digest: str
-  height: int
-  width: int
-  stride: int
-  max_frames: int
-  min_frames: int
-  min_side: int
-  max_aspect: float
+  listing: listing_lib.Listing
+  rows: Mapping[str, Int64[np.ndarray, " R"]]
+  loader: load.Files
+  timeout_s: float
 
   @property
-  def size(self) -> tuple[int, int]:
-    return self.height, self.width
+  def labels(self) -> tuple[str, ...]:
+    return self.listing.labels
 
   def count(self, split: str) -> int:
-    return len(self.names[split])
+    return len(self.rows[split])
+
+  def item(self, split: str, index: int) -> load.Segment:
+    return self.listing[int(self.rows[split][index])]
 
   def name(self, split: str, index: int) -> str:
-    return self.names[split][index]
-
-  def load(self, split: str, index: int) -> Clip:
-    name = self.name(split, index)
-    clip = video.read(
-      self.folder / name,
-      stride=self.stride,
-      max_frames=self.max_frames or None,
-      transform=self._shrink,
-    )
-    if len(clip.frames) < self.min_frames:
-      raise InputError(
-        f"too short: {len(clip.frames)} frames at stride {self.stride}, {self.min_frames} needed"
-      )
-    return Clip(frames=clip.frames, fps=clip.fps * self.stride, source=name)
-
-  def _shrink(self, frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    height, width, _ = frame.shape
-    if min(height, width) < self.min_side:
-      raise InputError(f"too small: {width}x{height} px, a side under {self.min_side}")
-    if max(height, width) > self.max_aspect * min(height, width):
-      raise InputError(f"too elongated: {width}x{height} px, over {self.max_aspect:g}:1")
-    return video.resize_and_crop(frame[None], self.height, self.width)[0]
+    return self.item(split, index).name
 
   def describe(self) -> dict[str, Any]:
-    fields = dataclasses.asdict(self)
-    del fields["names"], fields["folder"]  # the digest names them, wherever they lie
-    counts = {split: len(names) for split, names in self.names.items()}
-    return {"source": "videos", "videos": counts, **fields}
+    loader = dataclasses.asdict(self.loader)
+    del loader["root"]  # wherever the files lie, the digest names them
+    counts = {split: len(rows) for split, rows in self.rows.items()}
+    # Which entries are held out is decided by what the digest covers, and by the counts.
+    return {"source": "videos", "videos": counts, "digest": self.listing.digest, **loader}
 
 
 def find(config: ConfigDict, masks: bool = False) -> Videos:
@@ -177,26 +137,29 @@ def find(config: ConfigDict, masks: bool = False) -> Videos:
   if masks:
     raise InputError('video files have no object masks; those are for data.source="world"')
   if not data.videos:
-    raise InputError("no folder of videos: give --videos=DIR (or set data.videos)")
+    raise InputError("no videos: give --videos=FOLDER or --videos=LIST (or set data.videos)")
   if 0 < data.max_frames < min_frames:
     raise InputError(
       f"data.max_frames={data.max_frames} cuts every video too short: {data.frames} frames at "
       f"interval {data.interval[0]} need {min_frames} stored frames"
     )
-  folder = Path(data.videos).expanduser()
-  names, digest = _split_files(folder, data.validation_fraction)
-  return VideoFiles(
-    folder=folder,
-    names=names,
-    digest=digest,
-    height=data.height,
-    width=data.width,
+  for name in ("fps", "scene_cut", "decode_timeout"):
+    if data[name] < 0:
+      raise InputError(f"data.{name} must be at least 0, got {data[name]}")
+  listing = listing_lib.read(data.videos, recipe=data.recipe, root=data.root)
+  loader = load.Files(
+    root=listing.root,
+    fit=fit_lib.of(data, config.codec.block, config.model.patch_size),
+    fps=data.fps,
     stride=data.stride,
     max_frames=data.max_frames,
     min_frames=min_frames,
     min_side=data.min_side,
     max_aspect=data.max_aspect,
+    scene_cut=data.scene_cut,
   )
+  rows = split_rows(listing, data.validation_fraction)
+  return VideoFiles(listing, rows, loader, data.decode_timeout or float("inf"))
 
 
 def _world_videos(config: ConfigDict, min_frames: int, masks: bool) -> WorldVideos:
@@ -212,6 +175,7 @@ def _world_videos(config: ConfigDict, min_frames: int, masks: bool) -> WorldVide
   if data.train_videos < 1:
     raise InputError("data.train_videos must be at least 1 for the simulated world")
   settings = world.Settings(**config.world.to_dict())
+  fit_lib.of({"height": settings.size, "width": settings.size}, config.codec.block)
   if settings.frames < min_frames:
     raise InputError(
       f"every video of the world has {settings.frames} frames, but {data.frames} frames at "
@@ -221,21 +185,25 @@ def _world_videos(config: ConfigDict, min_frames: int, masks: bool) -> WorldVide
   return WorldVideos(settings, counts, masks)
 
 
-def _split_files(folder: Path, fraction: float) -> tuple[dict[str, list[str]], str]:
-  """Files of each split, by a hash of the name: adding files moves no other."""
-  digest = hashlib.sha256()
-  ranks = {}
-  for path in sorted(video.find_videos(folder)):
-    name = Path(path).relative_to(folder).as_posix()
-    digest.update(f"{name}\n{os.path.getsize(path)}\n".encode())
-    ranks[name] = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-  held_out = {name for name, rank in ranks.items() if rank < fraction}
-  by_rank = sorted(ranks, key=ranks.__getitem__)
-  held_out.discard(by_rank[-1])  # there must be training videos
-  if fraction > 0 and not held_out:
-    held_out = set(by_rank[:-1][:1])  # and held-out ones, if that can be helped
-  names = {
-    "train": [name for name in ranks if name not in held_out],
-    "validation": [name for name in ranks if name in held_out],
-  }
-  return names, digest.hexdigest()[:16]
+def split_rows(listing: listing_lib.Listing, fraction: float) -> dict[str, Int64[np.ndarray, " R"]]:
+  """The entries of each split: as the list says, or else by a hash of the file's name.
+
+  Parts of one file stay together, and entries that are added move no other.
+  """
+  split = listing.table.column("split").to_numpy(zero_copy_only=False)
+  names = listing.table.column("path").to_pylist()
+  rank = np.array([_rank(name) for name in names])
+  free = split == ""
+  held_out = (split == "validation") | (free & (rank < fraction))
+  by_rank = np.flatnonzero(free)[np.argsort(rank[free], kind="stable")]
+  if len(by_rank):
+    if held_out.all():  # there must be training videos
+      held_out[rank == rank[by_rank[-1]]] = False
+    if fraction > 0 and not held_out.any() and rank[by_rank[0]] != rank[by_rank[-1]]:
+      held_out[free & (rank == rank[by_rank[0]])] = True  # and held-out ones, if that can be helped
+  return {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
+
+
+@functools.lru_cache(maxsize=1)  # parts of a file stand together
+def _rank(name: str) -> float:
+  return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import UInt8
 import numpy as np
 
+from videogpt_jax.data import fit as fit_lib
 from videogpt_jax.data import video
 from videogpt_jax.errors import InputError
 
@@ -52,13 +53,13 @@ def find(path: str) -> list[pathlib.Path]:
   return found
 
 
-def read(path: pathlib.Path, *, size: tuple[int, int], history: int | None, default_history: int,
+def read(path: pathlib.Path, *, fit: fit_lib.Fit, history: int | None, default_history: int,
          following: int, interval: int) -> Given:
   """Reads a file.
 
   Args:
     path: a video, or a picture, which is a history of one frame.
-    size: (height, width) px of the model.
+    fit: brings frames to a size of the model.
     history: frames given; None: `default_history`, or the one of a picture.
     default_history: see there.
     following: frames of truth that are wanted after them.
@@ -69,23 +70,24 @@ def read(path: pathlib.Path, *, size: tuple[int, int], history: int | None, defa
   """
   seen: list[tuple[int, ...]] = []
 
-  def fit(frame: np.ndarray) -> np.ndarray:  # one at a time: a long video of large frames is large
+  def fitted(frame: np.ndarray) -> np.ndarray:  # one at a time: a video of large frames is large
     seen.append(frame.shape)
-    return video.resize_and_crop(frame[None], *size)[0]
+    return fit(frame)
 
   is_picture = path.suffix.lower() in video.PICTURES
   wanted = history or (1 if is_picture else default_history)
   taken = f" at an interval of {interval}" if interval > 1 and not is_picture else ""
   try:
     if is_picture:
-      clip = video.Video(np.stack([fit(x) for x in video.read_picture(path)]), _PICTURE_FPS)
+      clip = video.Video(np.stack([fitted(x) for x in video.read_picture(path)]), _PICTURE_FPS)
     else:
-      clip = video.read(path, stride=interval, max_frames=wanted + following, transform=fit)
+      clip = video.read(path, stride=interval, max_frames=wanted + following, transform=fitted)
   except video.VideoError as error:
     raise InputError(f"{path}: {error}") from error
   if len(clip.frames) < wanted:
     raise InputError(f"{path} has {len(clip.frames)} frames{taken}, --history needs {wanted}")
   notes = []
+  size = clip.frames.shape[1:3]
   if seen[0][:2] != size:
     notes.append(f"{path}: {seen[0][1]}x{seen[0][0]} px resized and cropped to "
                  f"{size[1]}x{size[0]} as in training")

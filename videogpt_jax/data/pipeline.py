@@ -1,15 +1,19 @@
 """The input pipeline: latent records to batches, in an order that the step alone decides.
 
-The data position IS the step. Row r of step s is `order[s * B + r]`, where order is an
-endless sequence of epochs, each a permutation of the usable records drawn from
-(seed, epoch), and the random segment of that row is drawn from (seed, s * B + r). Nothing
-else enters: not the number of worker processes, of hosts, or where a run was resumed.
+The data position IS the step. Records of one size form a bucket; every batch comes from one
+bucket. If k steps before step s took the same bucket, row r of step s is `order[k * B + r]`,
+where order is an endless sequence of epochs of the bucket, each a permutation of its usable
+records drawn from (seed, epoch), and the random segment of that row is drawn from its place
+in it. Of several data sets that share a bucket each has an order of its own, and `Turns` say
+whose record is next, as they say whose bucket. Nothing else enters: not the number of worker
+processes, of hosts, or where a run was resumed.
 """
 
 import collections
 from collections.abc import Generator, Iterator
 import dataclasses
 import functools
+import hashlib
 import signal
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +24,12 @@ import jax
 from jaxtyping import Int32, Int64, Shaped
 import numpy as np
 
+from videogpt_jax.data import turns
 from videogpt_jax.data import worker
 from videogpt_jax.errors import InputError
 
 # Streams of random numbers of a seed; a row's segment never depends on its epoch's order.
-_ORDER, _SEGMENT = 0, 1
+_ORDER, _SEGMENT, _BUCKET, _SET = range(4)
 _ENDLESS = 2**62
 # Up to here an epoch's order is a table (grain's index_shuffle is slow for few records);
 # beyond, it is computed place by place, so that memory does not grow with the records.
@@ -37,16 +42,18 @@ class Batch(NamedTuple):
   """What this host feeds to one step; `to_device` makes it a global batch of jax arrays.
 
   Attributes:
-    latents: [B, N, h, w, C] as stored.
+    latents: [B, N, h, w, C] as stored, all of one bucket.
     index: int64 [B], the record of each row.
     start: int32 [B], the first source frame of each row.
     interval: int32 [B], source frames between its frames.
+    data_set: int32 [B], which of a mixture's data sets the record is from.
   """
 
   latents: Any
   index: Any
   start: Any
   interval: Any
+  data_set: Any
 
 
 class Records(Protocol):
@@ -57,11 +64,52 @@ class Records(Protocol):
     """int32 [len], stored frames of every record."""
 
   @property
+  def sizes(self) -> np.ndarray:
+    """int32 [len, 2], h and w of every record."""
+
+  def __len__(self) -> int:
+    """Number of records."""
+
+  @property
   def info(self) -> Any:
     """Has `stride`, the source frames between two stored ones."""
 
+  @property
+  def fingerprint(self) -> str:
+    """Names the content."""
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     """A record: at least `latents` [T, h, w, C]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Data sets that are read together.
+
+  Attributes:
+    sources: the data sets.
+    weights: positive, the shares of rows that come from each; empty: by usable records.
+    min_bucket: sizes of which there are fewer usable records in all are left out.
+  """
+
+  sources: tuple[Records, ...]
+  weights: tuple[float, ...] = ()
+  min_bucket: int = 1
+
+  def __post_init__(self) -> None:
+    if self.weights and len(self.weights) != len(self.sources):
+      raise InputError(f"{len(self.weights)} weights for {len(self.sources)} data sets")
+    if not all(0 < weight < float("inf") for weight in self.weights):
+      raise InputError(f"the weights of a mixture must be positive, got {self.weights}")
+
+  @property
+  def fingerprint(self) -> str:
+    """Names the content and the proportions."""
+    names = [source.fingerprint for source in self.sources]
+    if len(names) == 1 and self.min_bucket == 1:
+      return names[0]
+    text = repr((names, self.weights, self.min_bucket))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def intervals(
@@ -128,74 +176,138 @@ def check_interval(stride: int, frames: int, interval: tuple[int, int]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-  """Position in the endless order -> record index and segment; a pure function."""
+  """Position in the endless order -> record index and segment; a pure function.
 
+  Of the usable records of one size in one data set.
+  """
+
+  data_set: int
   usable: Int64[np.ndarray, " U"]
   lengths: Int32[np.ndarray, " U"]
   stride: int
   frames: int
   interval: tuple[int, int]
-  seed: int
+  key: tuple[int, ...]
 
   def record(self, position: int) -> int:
     """Which of the usable records stands at `position`."""
     epoch, place = divmod(position, len(self.usable))
     if len(self.usable) <= _TABLE:
-      return int(_table(self.seed, epoch, len(self.usable))[place])
-    return index_shuffle(place, len(self.usable) - 1, _epoch_seed(self.seed, epoch), _ROUNDS)
+      return int(_table(self.key, epoch, len(self.usable))[place])
+    return index_shuffle(place, len(self.usable) - 1, _epoch_seed(self.key, epoch), _ROUNDS)
 
   def segment(self, position: int, length: int) -> tuple[int, int]:
     """(start, interval) of the row at `position`, both in stored frames."""
     bounds = intervals(length, self.stride, self.frames, self.interval)
     assert bounds is not None, "plan() keeps usable records only"
-    rng = np.random.default_rng((self.seed, _SEGMENT, position))
+    rng = np.random.default_rng((*self.key, _SEGMENT, position))
     step = int(rng.integers(bounds[0], bounds[1], endpoint=True))
     start = int(rng.integers(length - (self.frames - 1) * step))
     return start, step
 
 
-@functools.lru_cache(maxsize=4)  # threads may be in neighbouring epochs
-def _table(seed: int, epoch: int, count: int) -> Int64[np.ndarray, " count"]:
-  return np.random.default_rng((seed, _ORDER, epoch)).permutation(count)
+@functools.lru_cache(maxsize=64)  # threads may be in neighbouring epochs, of several buckets
+def _table(key: tuple[int, ...], epoch: int, count: int) -> Int64[np.ndarray, " count"]:
+  return np.random.default_rng((*key, _ORDER, epoch)).permutation(count)
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch_seed(seed: int, epoch: int) -> int:
-  return int(np.random.SeedSequence((seed, _ORDER, epoch)).generate_state(1)[0])
+@functools.lru_cache(maxsize=64)
+def _epoch_seed(key: tuple[int, ...], epoch: int) -> int:
+  return int(np.random.SeedSequence((*key, _ORDER, epoch)).generate_state(1)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bucket:
+  """Records of one size, of one or several data sets that take turns."""
+
+  size: tuple[int, int]
+  share: float  # of all rows
+  rows: tuple[_Rows, ...]
+  turns: turns.Turns
+
+  def row(self, position: int) -> tuple[_Rows, int]:
+    """Where the row at a position of the bucket's endless order comes from."""
+    which, place = self.turns(position)
+    return self.rows[which], place
+
+
+def buckets(mixture: Mixture, frames: int, interval: tuple[int, int]
+            ) -> dict[tuple[int, int], float]:
+  """The share of all rows that every size (h, w) has in training; raises as `batches`."""
+  return {bucket.size: bucket.share for bucket in _buckets(mixture, frames, interval, 0)}
+
+
+def _buckets(mixture: Mixture, frames: int, interval: tuple[int, int], seed: int
+             ) -> tuple[_Bucket, ...]:
+  usable = [plan(source.lengths, source.info.stride, frames, interval)
+            for source in mixture.sources]
+  counts = [len(found) for found in usable]
+  # A data set's share is divided among its sizes by records.
+  weights = [weight / count for weight, count in zip(mixture.weights or counts, counts,
+                                                     strict=True)]
+  members: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+  for number, (source, found) in enumerate(zip(mixture.sources, usable, strict=True)):
+    sizes, which = np.unique(np.asarray(source.sizes)[found], axis=0, return_inverse=True)
+    for i, (h, w) in enumerate(sizes.tolist()):
+      members.setdefault((h, w), []).append((number, found[which.reshape(-1) == i]))
+  kept = {size: parts for size, parts in sorted(members.items())
+          if sum(len(found) for _, found in parts) >= mixture.min_bucket}
+  if not kept:
+    largest = max(sum(len(found) for _, found in parts) for parts in members.values())
+    raise InputError(f"no size of frames has {mixture.min_bucket} usable records, the largest "
+                     f"bucket holds {largest}; lower data.min_bucket")
+  single = len(kept) == len(mixture.sources) == 1
+  total = sum(weights[number] * len(found) for parts in kept.values() for number, found in parts)
+  made = []
+  for (h, w), parts in kept.items():
+    rows = tuple(
+      _Rows(number, found, np.asarray(mixture.sources[number].lengths)[found],
+            mixture.sources[number].info.stride, frames, (interval[0], interval[1]),
+            (seed,) if single else (seed, number, h, w))
+      for number, found in parts)
+    shares = [weights[number] * len(found) for number, found in parts]
+    order = turns.fair(shares, (seed, _SET, h, w))
+    made.append(_Bucket((h, w), sum(shares) / total, rows, order))
+  return tuple(made)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
   """Step -> this host's rows of the batch, read from the records."""
 
-  source: Records
-  rows: _Rows
+  sources: tuple[Records, ...]
+  buckets: tuple[_Bucket, ...]
+  turns: turns.Turns
   batch_size: int
   first_row: int
   num_rows: int
 
   def __call__(self, step: int) -> Batch:
-    latents, index, start, interval = [], [], [], []
+    which, before = self.turns(step)
+    bucket = self.buckets[which]
+    latents, index, start, interval, data_set = [], [], [], [], []
     for row in range(self.first_row, self.first_row + self.num_rows):
-      position = step * self.batch_size + row
-      place = self.rows.record(position)
-      begin, skip = self.rows.segment(position, int(self.rows.lengths[place]))
-      record = int(self.rows.usable[place])
-      stop = begin + (self.rows.frames - 1) * skip + 1
-      latents.append(self.source[record]["latents"][begin:stop:skip])
+      rows, position = bucket.row(before * self.batch_size + row)
+      place = rows.record(position)
+      begin, skip = rows.segment(position, int(rows.lengths[place]))
+      record = int(rows.usable[place])
+      stop = begin + (rows.frames - 1) * skip + 1
+      latents.append(self.sources[rows.data_set][record]["latents"][begin:stop:skip])
       index.append(record)
-      start.append(begin * self.rows.stride)
-      interval.append(skip * self.rows.stride)
+      start.append(begin * rows.stride)
+      interval.append(skip * rows.stride)
+      data_set.append(rows.data_set)
     return Batch(
       np.stack(latents),
       np.asarray(index, np.int64),
       np.asarray(start, np.int32),
       np.asarray(interval, np.int32),
+      np.asarray(data_set, np.int32),
     )
 
 
 def batches(
-  source: Records,
+  source: Records | Mixture,
   *,
   frames: int,
   interval: tuple[int, int],
@@ -210,7 +322,7 @@ def batches(
   """Endless batches from `start_step` on: this host's contiguous rows of each global batch.
 
   Args:
-    source: the records.
+    source: the records, or a mixture of data sets.
     frames: N, frames of a sample.
     interval: (lo, hi) in source frames; a sample draws its interval uniformly from the
       multiples of the stored stride in lo..min(hi, what its video is long enough for).
@@ -229,11 +341,11 @@ def batches(
       f"a batch of {batch_size} rows does not divide among {hosts} hosts; "
       "change train.batch_size"
     )
-  usable = plan(source.lengths, source.info.stride, frames, interval)
-  lengths = np.asarray(source.lengths)[usable]
-  rows = _Rows(usable, lengths, source.info.stride, frames, (interval[0], interval[1]), seed)
+  mixture = source if isinstance(source, Mixture) else Mixture((source,))
+  found = _buckets(mixture, frames, interval, seed)
+  order = turns.fair([bucket.share for bucket in found], (seed, _BUCKET))
   num_rows = batch_size // hosts
-  read = _Steps(source, rows, batch_size, host * num_rows, num_rows)
+  read = _Steps(mixture.sources, found, order, batch_size, host * num_rows, num_rows)
   steps = grain.MapDataset.range(_ENDLESS).map(read)[start_step:]
   options = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
   dataset = steps.to_iter_dataset(options)

@@ -4,13 +4,15 @@ A data set is a folder:
 
     metadata.json                           what the records are (`Spec`), how many shards
     videogpt-SPLIT.array_record-00000-of-00002   the records, one video segment each
-    lengths-SPLIT.npy                       stored frames of every record, int32
+    shapes-SPLIT.npy                        stored frames, h and w of every record, int32 [R, 3]
     rejected.jsonl                          videos that were left out, with the reason
     features.json, dataset_info.json        what `tfds.builder_from_directory` reads
 
 Shards appear whole or not at all: each is written under a temporary name in `.partial`
 and renamed, and `dataset_info.json` comes last, when all of them are there. So a writer
 may be killed at any moment; the next one finishes what is missing, to the same bytes.
+
+A data set is read from where it lies: a path, or `gs://` with the extra [gcs].
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,23 +28,25 @@ import shutil
 from typing import Any
 
 from array_record.python import array_record_module
+from etils import epath
 from jaxtyping import Int32
 import ml_dtypes  # noqa: F401 - makes numpy know the name bfloat16
 import numpy as np
 import tensorflow_datasets as tfds
 
+from videogpt_jax.data.load import NO_LABEL
 from videogpt_jax.errors import InputError
 
 NAME = "videogpt"
-NO_LABEL = -1
 REJECTED = "rejected.jsonl"
 
 _VERSION = "1.0.0"
-_FORMAT = 1
+_FORMAT = 2  # 1 had one size for all records
 _METADATA = "metadata.json"
 _COMPLETE = "dataset_info.json"  # its presence says that the data set is whole
 _PARTIAL = ".partial"
-_WRITER_OPTIONS = "group_size:1"  # one record a group: random access reads nothing else
+# One record a group: random access reads nothing else. Latents hardly shrink, pixels do.
+_WRITER_OPTIONS = "group_size:1,zstd:3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,36 +54,36 @@ class Spec:
   """What every record of a data set has in common.
 
   Attributes:
-    latent_shape: (h, w, C) of a stored latent frame.
+    channels: of a stored latent frame [h, w, channels].
     dtype: numpy name of the stored latents' type.
     codec: the codec's `spec()`: its id, scale, shift and other settings.
-    height, width: pixels of a decoded frame.
+    moments: whether the channels are a posterior's C means and C log-variances.
     stride: every stride-th source frame is stored.
-    masks: whether records carry per-object masks, uint8 [T, O, height, width].
+    masks: whether records carry per-object masks, uint8 [T, O, H, W].
+    labels: names of the classes, by label; empty if there are none.
   """
 
-  latent_shape: tuple[int, int, int]
+  channels: int
   dtype: str
   codec: dict[str, Any]
-  height: int
-  width: int
+  moments: bool = False
   stride: int = 1
   masks: bool = False
+  labels: tuple[str, ...] = ()
 
   def to_json(self) -> dict[str, Any]:
     """A JSON-able dict from which `from_json` builds the same spec."""
-    return {**dataclasses.asdict(self), "latent_shape": list(self.latent_shape)}
+    return {**dataclasses.asdict(self), "labels": list(self.labels)}
 
   @classmethod
   def from_json(cls, fields: Mapping[str, Any]) -> "Spec":
-    h, w, c = fields["latent_shape"]
-    return cls(**{**fields, "latent_shape": (h, w, c)})
+    return cls(**{**fields, "labels": tuple(fields["labels"])})
 
 
 def _features(spec: Spec) -> tfds.features.FeaturesDict:
   features = {
     "latents": tfds.features.Tensor(
-      shape=(None, *spec.latent_shape), dtype=np.dtype(spec.dtype), encoding="bytes"
+      shape=(None, None, None, spec.channels), dtype=np.dtype(spec.dtype), encoding="bytes"
     ),
     "fps": np.float32,
     "stride": np.int32,
@@ -89,7 +93,7 @@ def _features(spec: Spec) -> tfds.features.FeaturesDict:
   }
   if spec.masks:
     features["masks"] = tfds.features.Tensor(
-      shape=(None, None, spec.height, spec.width), dtype=np.uint8, encoding="bytes"
+      shape=(None, None, None, None), dtype=np.uint8, encoding="bytes"
     )
   return tfds.features.FeaturesDict(features)
 
@@ -140,7 +144,7 @@ class ShardWriter:
       self._features.get_serialized_info()
     )
     self._file = self._guard(array_record_module.ArrayRecordWriter, str(path), _WRITER_OPTIONS)
-    self.lengths: list[int] = []
+    self.shapes: list[tuple[int, int, int]] = []
     self.rejected: list[dict[str, Any]] = []
     self.num_bytes = 0
 
@@ -157,15 +161,15 @@ class ShardWriter:
     """Appends a record.
 
     Args:
-      latents: [T, h, w, C] of the spec's shape and type.
+      latents: [T, h, w, channels] of the spec's channels and type.
       fps: source frames per second.
       source: where the video came from.
       label: class, or `NO_LABEL`.
       caption: text, or empty.
-      masks: uint8 [T, O, height, width], exactly if the spec says so.
+      masks: uint8 [T, O, H, W], exactly if the spec says so.
 
     Raises:
-      ValueError: an array does not have the spec's shape or type.
+      ValueError: an array does not have the spec's channels or type.
       InputError: the disk is full.
     """
     record: dict[str, Any] = {
@@ -182,7 +186,8 @@ class ShardWriter:
     # A protobuf map has no order of its own: deterministic is what makes shards repeatable.
     content = example.SerializeToString(deterministic=True)
     self._guard(self._file.write, content)
-    self.lengths.append(len(latents))
+    length, h, w, _ = latents.shape
+    self.shapes.append((length, h, w))
     self.num_bytes += len(content)
 
   def reject(self, source: str, reason: str) -> None:
@@ -248,7 +253,7 @@ class Writer:
     try:
       yield writer
       writer.close()
-      summary = {key: getattr(writer, key) for key in ("lengths", "num_bytes", "rejected")}
+      summary = {key: getattr(writer, key) for key in ("shapes", "num_bytes", "rejected")}
       with _clear_errors(self.path):
         _sync(temporary)
         _write_atomically(partial / f"{name}.json", json.dumps(summary).encode(), partial)
@@ -267,9 +272,9 @@ class Writer:
   def num_records(self, split: str) -> int:
     """Records of a split in the shards finished so far."""
     if self.complete:
-      return len(_read_lengths(self.path, split))
+      return len(_read_shapes(self.path, split))
     done = [i for i in range(self.shards[split]) if self._finished(split, i)]
-    return sum(len(self._summary(split, i)["lengths"]) for i in done)
+    return sum(len(self._summary(split, i)["shapes"]) for i in done)
 
   def abandon(self) -> None:
     """Removes all that was written but the list of the videos left out."""
@@ -308,8 +313,9 @@ class Writer:
     self._write_rejected()
     for split, shards in summaries.items():
       content = io.BytesIO()
-      np.save(content, np.array([t for shard in shards for t in shard["lengths"]], np.int32))
-      _write_atomically(self.path / f"lengths-{split}.npy", content.getvalue(), partial)
+      shapes = [shape for shard in shards for shape in shard["shapes"]]
+      np.save(content, np.array(shapes, np.int32).reshape(-1, 3))
+      _write_atomically(self.path / f"shapes-{split}.npy", content.getvalue(), partial)
     # tfds does not write atomically itself: let it write aside, then move in order.
     aside = partial / f"tfds-{os.getpid()}"
     aside.mkdir(exist_ok=True)
@@ -344,7 +350,7 @@ def _tfds_info(
   splits = [
     tfds.core.SplitInfo(
       name=split,
-      shard_lengths=[len(shard["lengths"]) for shard in shards],
+      shard_lengths=[len(shard["shapes"]) for shard in shards],
       num_bytes=sum(shard["num_bytes"] for shard in shards),
       filename_template=None,
     )
@@ -405,15 +411,15 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
   return [] if old == new else [f"{where.lstrip('.')}: {old}, now {new}"]
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Path | epath.Path) -> dict[str, Any]:
   try:
     return json.loads((path / _METADATA).read_text())
   except json.JSONDecodeError as error:
     raise InputError(f"{path / _METADATA} is damaged ({error}); encode the data again") from error
 
 
-def _read_lengths(path: Path, split: str) -> Int32[np.ndarray, " R"]:
-  return np.load(path / f"lengths-{split}.npy")
+def _read_shapes(path: Path | epath.Path, split: str) -> Int32[np.ndarray, "R 3"]:
+  return np.load(io.BytesIO((path / f"shapes-{split}.npy").read_bytes()))
 
 
 class Source:
@@ -426,19 +432,28 @@ class Source:
     split: name of the split.
     info: what the records have in common.
     lengths: int32 [len(self)], stored frames of every record.
+    sizes: int32 [len(self), 2], h and w of every record, latent cells.
+    num_bytes: of the shards.
     fingerprint: names the content; differs between any two data sets or splits that
       were not written from the same videos with the same settings.
   """
 
-  def __init__(self, path: Path, split: str, info: Spec, lengths: np.ndarray, fingerprint: str):
+  def __init__(self, path: epath.Path, split: str, info: Spec, shapes: Int32[np.ndarray, "R 3"],
+               num_bytes: int, fingerprint: str):
     self.path = path
     self.split = split
     self.info = info
-    self.lengths = lengths
+    self.lengths, self.sizes = shapes[:, 0], shapes[:, 1:]
+    self.num_bytes = num_bytes
     self.fingerprint = fingerprint
 
   def __len__(self) -> int:
     return len(self.lengths)
+
+  def buckets(self) -> dict[tuple[int, int], int]:
+    """How many records there are of every size (h, w)."""
+    sizes, counts = np.unique(self.sizes, axis=0, return_counts=True)
+    return {(h, w): count for (h, w), count in zip(sizes.tolist(), counts.tolist(), strict=True)}
 
   def __repr__(self) -> str:
     return f"Source({self.path}, {self.split!r}, {len(self)} records)"
@@ -469,29 +484,59 @@ class Source:
     return {k: v for k, v in self.__dict__.items() if k != "_records"}
 
 
+def splits(path: str | os.PathLike[str]) -> list[str]:
+  """Names of the splits of a finished data set; raises as `open_split`."""
+  return sorted(_metadata_of(epath.Path(path).expanduser())["shards"])
+
+
+def origin(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """What a finished data set was made of (see `create`); raises as `open_split`."""
+  return _metadata_of(epath.Path(path).expanduser())["origin"]
+
+
 def open_split(path: str | os.PathLike[str], split: str) -> Source:
   """Opens one split of a finished data set.
+
+  Args:
+    path: the folder, here or on gs://.
+    split: name of the split.
 
   Raises:
     InputError: no data set there, an unfinished or a damaged one, or no such split.
   """
-  path = Path(path).expanduser()
-  if not (path / _METADATA).exists():
+  folder = epath.Path(path).expanduser()
+  metadata = _metadata_of(folder)
+  shards = metadata["shards"]
+  if split not in shards:
+    raise InputError(f"{folder} has no split {split!r}, only {', '.join(sorted(shards))}")
+  digest = hashlib.sha256((folder / _METADATA).read_bytes() + split.encode())
+  present = {entry.name for entry in folder.iterdir()}
+  num_bytes = 0
+  for index in range(shards[split]):
+    shard = folder / _shard_name(split, index, shards[split])
+    if shard.name not in present:
+      raise InputError(f"{shard} is missing; delete {folder} and encode the data again")
+    size = shard.stat().length
+    num_bytes += size
+    digest.update(f"{shard.name} {size}\n".encode())
+  shapes = _read_shapes(folder, split)
+  digest.update(shapes.tobytes())
+  spec = Spec.from_json(metadata["spec"])
+  return Source(folder, split, spec, shapes, num_bytes, digest.hexdigest()[:16])
+
+
+def _metadata_of(path: epath.Path) -> dict[str, Any]:
+  """The metadata of a finished data set of today's format."""
+  try:
+    there, complete = (path / _METADATA).exists(), (path / _COMPLETE).exists()
+  except ImportError as error:
+    raise InputError(f"{path} lies in the cloud: pip install 'videogpt_jax[gcs]'") from error
+  if not there:
     raise InputError(f"no latent data set at {path}; `python -m videogpt_jax.encode` writes one")
-  if not (path / _COMPLETE).exists():
+  if not complete:
     raise InputError(f"the data set at {path} is unfinished; run its `encode` command again")
   metadata = _read_metadata(path)
   if metadata.get("format") != _FORMAT:
-    raise InputError(f"{path} has format {metadata.get('format')}, this program reads {_FORMAT}")
-  shards = metadata["shards"]
-  if split not in shards:
-    raise InputError(f"{path} has no split {split!r}, only {', '.join(sorted(shards))}")
-  digest = hashlib.sha256((path / _METADATA).read_bytes() + split.encode())
-  for index in range(shards[split]):
-    shard = path / _shard_name(split, index, shards[split])
-    if not shard.exists():
-      raise InputError(f"{shard} is missing; delete {path} and encode the data again")
-    digest.update(f"{shard.name} {shard.stat().st_size}\n".encode())
-  lengths = _read_lengths(path, split)
-  digest.update(lengths.tobytes())
-  return Source(path, split, Spec.from_json(metadata["spec"]), lengths, digest.hexdigest()[:16])
+    raise InputError(f"{path} has format {metadata.get('format')}, this program reads {_FORMAT}; "
+                     "encode the videos again into another folder")
+  return metadata

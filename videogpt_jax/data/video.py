@@ -29,6 +29,8 @@ SUFFIXES = frozenset((
 ))
 PICTURES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 _DEFAULT_FPS = 25.0  # of a stream that states none
+_INSTANT = 1e-6  # s, by which rounded times may differ
+_SHORT_S = 0.25  # s that may be missing at the end of a file
 _CRF = "12"  # x264: hard to tell from the original
 _PAPER, _INK, _GIVEN, _PREDICTED = (255, 255, 255), (60, 60, 60), (255, 255, 255), (230, 120, 30)
 _BORDER, _GAP, _TITLE = 2, 8, 16  # px
@@ -49,16 +51,30 @@ class Video:
 def find_videos(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
   """All files under `folder` whose suffix is that of a video container, sorted.
 
+  Links to folders are followed, each folder once, so that loops of links do no harm.
+
   Raises:
     InputError: the folder is missing, or there are none.
   """
   folder = pathlib.Path(folder).expanduser()
   if not folder.is_dir():
     raise InputError(f"no folder {folder}; name one with video files")
-  paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+  paths = sorted(p for p in _files(folder) if p.suffix.lower() in SUFFIXES and p.is_file())
   if not paths:
     raise InputError(f"no video files in {folder} (looked for {', '.join(sorted(SUFFIXES))})")
   return paths
+
+
+def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  seen = set()
+  for place, folders, names in os.walk(folder, followlinks=True):
+    identity = os.path.realpath(place)
+    folders.sort()  # of two ways to a folder the same one is taken everywhere
+    if identity in seen:
+      folders.clear()
+      continue
+    seen.add(identity)
+    yield from (pathlib.Path(place, name) for name in names)
 
 
 def read(
@@ -67,8 +83,13 @@ def read(
     stride: int = 1,
     max_frames: int | None = None,
     transform: Callable[[UInt8[np.ndarray, "H W 3"]], UInt8[np.ndarray, "h w 3"]] | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    fps: float | None = None,
+    threads: int = 0,
+    beat: Callable[[], None] = lambda: None,
 ) -> Video:
-  """Decodes the first video stream of a file, turned upright.
+  """Decodes the first video stream of a file, turned upright; cover pictures are none.
 
   Args:
     path: any container PyAV opens.
@@ -76,48 +97,116 @@ def read(
     max_frames: stop after so many kept frames.
     transform: applied to every kept frame as it is decoded, so that a long video of large
       frames never lies in memory whole; may refuse it by an `InputError`.
+    start, end: s from the beginning of the video, of the part that is wanted; None: its
+      beginning, its end.
+    fps: frames a second, before `stride`: at every time the frame that is shown then, however
+      unevenly the file's frames come. None: the file's frames, as they come.
+    threads: of the decoder; 0: as many as help.
+    beat: called after every decoded frame.
 
   Returns:
-    The kept frames and their rate: the file's over `stride`.
+    The kept frames and their rate: the file's (or `fps`) over `stride`.
 
   Raises:
-    VideoError: not a video, damaged, cut short (as its index shows), no video stream, no
-      frames.
+    VideoError: not a video, damaged, cut short (as its index or its header shows), no video
+      stream, no frames in that part.
   """
   frames: list[np.ndarray] = []
   shape = None
   try:
     with av.open(os.fspath(path)) as container:
-      if not container.streams.video:
-        raise VideoError("no video stream")
-      stream = container.streams.video[0]
+      stream = _video_stream(container)
       stream.thread_type = "SLICE"  # threads by frame would lose some of the marks of damage
+      stream.codec_context.thread_count = threads
       rate = stream.average_rate or stream.guessed_rate or fractions.Fraction(_DEFAULT_FPS)
       _check_index(stream, container.size)
-      decoded = 0
-      for decoded, frame in enumerate(container.decode(stream), start=1):
-        if frame.is_corrupt:
-          raise VideoError(f"damaged: frame {decoded}")
-        if (decoded - 1) % stride == 0:
-          if max_frames is not None and len(frames) == max_frames:
-            break
-          pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-          if shape is not None and pixels.shape != shape:
-            raise VideoError("frames change their size")
-          shape = pixels.shape
-          frames.append(pixels if transform is None else transform(pixels))
-      else:  # the stream ended: was all there that the header announced?
-        # An edit list (of a trimmed mp4 or mov) rightly hides some of the announced frames.
-        if decoded < stream.frames and "mov" not in container.format.name:
-          raise VideoError(f"cut short: {decoded} of {stream.frames} frames can be decoded")
+      shown = _shown(container, stream, start, end, float(rate), fps, beat)
+      for number, frame in enumerate(shown):
+        if number % stride:
+          continue
+        if max_frames is not None and len(frames) == max_frames:
+          break
+        pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+        if shape is not None and pixels.shape != shape:
+          raise VideoError("frames change their size")
+        shape = pixels.shape
+        frames.append(pixels if transform is None else transform(pixels))
   except (av.FFmpegError, OSError) as error:
     reason = error.strerror or str(error)
     if frames:
       raise VideoError(f"damaged: {reason} after {len(frames)} frames") from error
     raise VideoError(f"not a video that can be read: {reason}") from error
   if not frames:
-    raise VideoError("no frames")
-  return Video(np.stack(frames), float(rate) / stride)
+    raise VideoError("no frames" + (f" after {start:g} s" if start else ""))
+  return Video(np.stack(frames), (fps or float(rate)) / stride)
+
+
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+  """The first stream that moves."""
+  for stream in container.streams.video:
+    if not stream.disposition & av.stream.Disposition.attached_pic:
+      return stream
+  raise VideoError("no video stream")
+
+
+def _shown(container: av.container.InputContainer, stream: av.VideoStream, start: float | None,
+           end: float | None, rate: float, fps: float | None, beat: Callable[[], None]
+           ) -> Iterator[av.VideoFrame]:
+  """The frames from `start` to `end`, as they come or what is shown at every tick of `fps`."""
+  timed = _decoded(container, stream, start, end, rate, beat)
+  if fps is None:
+    yield from (frame for _, frame in timed)
+    return
+  held, shown_until, tick, first = None, 0.0, 0, None
+  for time, frame in timed:
+    first = time if first is None else first
+    while held is not None and first + tick / fps < time - _INSTANT:
+      yield held
+      tick += 1
+    held, shown_until = frame, time + 1 / rate
+  while held is not None and first is not None and first + tick / fps < shown_until - _INSTANT:
+    yield held
+    tick += 1
+
+
+def _decoded(container: av.container.InputContainer, stream: av.VideoStream,
+             start: float | None, end: float | None, rate: float, beat: Callable[[], None]
+             ) -> Iterator[tuple[float, av.VideoFrame]]:
+  """Frames and their times, s from the video's beginning, less than half a frame before `start`.
+
+  Raises:
+    VideoError: a frame is damaged, or the file ends before it should.
+  """
+  base, origin = stream.time_base or fractions.Fraction(1, av.time_base), stream.start_time or 0
+  if start:
+    container.seek(origin + int(start / base), stream=stream)  # to the last key frame before
+  decoded, reached = 0, 0.0  # the latter: s of any stream
+  for packet in container.demux():
+    if packet.pts is not None and packet.time_base is not None:
+      reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    if packet.stream is not stream:
+      continue
+    for frame in stream.decode(packet):
+      decoded += 1
+      beat()
+      pts = frame.pts
+      time = (decoded - 1) / rate if pts is None else float((pts - origin) * base)
+      if start and time < start - 0.5 / rate:
+        continue  # the way from a key frame to the start; what it lacks there does no harm
+      if end is not None and time >= end - 0.5 / rate:
+        return
+      if frame.is_corrupt:
+        raise VideoError(f"damaged: frame {decoded}")
+      yield time, frame
+  # The stream ended: was all there that the header announced?
+  # An edit list (of a trimmed mp4 or mov) rightly hides some of the announced frames.
+  if not start and decoded < stream.frames and "mov" not in container.format.name:
+    raise VideoError(f"cut short: {decoded} of {stream.frames} frames can be decoded")
+  # Matroska counts no frames, but says how long it is.
+  if "matroska" in container.format.name and container.duration:
+    announced = container.duration / av.time_base
+    if reached < announced - max(_SHORT_S, 2 / rate):
+      raise VideoError(f"cut short: ends after {reached:.1f} of {announced:.1f} s")
 
 
 def read_picture(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 H W 3"]:
@@ -252,18 +341,26 @@ def resize_and_crop(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: in
                     ) -> UInt8[np.ndarray, "T h w 3"]:
   """Scales until `height` x `width` px are covered, keeping proportions, and crops the centre.
 
-  Shrinking averages over areas (Pillow's BOX filter), enlarging is bicubic.
+  While the shorter side is at least twice the longer one wanted, sides are halved by averages
+  over areas; the rest is bicubic, as in the published preprocessing.
   """
   _, old_height, old_width, _ = frames.shape
   if (old_height, old_width) == (height, width):
     return frames
-  factor = max(height / old_height, width / old_width)
-  box_height, box_width = height / factor, width / factor  # what is kept, in source px
-  top, left = (old_height - box_height) / 2, (old_width - box_width) / 2
-  box = (left, top, left + box_width, top + box_height)
-  method = Image.Resampling.BOX if factor < 1 else Image.Resampling.BICUBIC
-  resized = [Image.fromarray(f).resize((width, height), method, box=box) for f in frames]
-  return np.stack([np.asarray(picture) for picture in resized])
+  return np.stack([_resize_and_crop(frame, height, width) for frame in frames])
+
+
+def _resize_and_crop(frame: UInt8[np.ndarray, "H W 3"], height: int, width: int
+                     ) -> UInt8[np.ndarray, "h w 3"]:
+  picture = Image.fromarray(frame)
+  while min(picture.size) >= 2 * max(height, width):
+    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+  factor = max(height / picture.height, width / picture.width)
+  covered = (max(width, round(picture.width * factor)), max(height, round(picture.height * factor)))
+  if picture.size != covered:
+    picture = picture.resize(covered, Image.Resampling.BICUBIC)
+  top, left = (covered[1] - height) // 2, (covered[0] - width) // 2
+  return np.asarray(picture)[top:top + height, left:left + width]
 
 
 def enlarge(frames: UInt8[np.ndarray, "T H W 3"], scale: int) -> UInt8[np.ndarray, "T sH sW 3"]:
