@@ -6,15 +6,12 @@ import json
 import os
 from pathlib import Path
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import av
 import numpy as np
 from PIL import Image
-import psutil
 import pytest
 
 from videogpt_jax import codec
@@ -96,23 +93,6 @@ def _run(*args):
   )
 
 
-_SLOW_PROGRAM = """
-import time
-import experiment
-from videogpt_jax import codec
-from videogpt_jax import encode
-
-encode_frames = codec.Pixels.encode
-
-def slowly(*args):
-  time.sleep(0.01)
-  return encode_frames(*args)
-
-codec.Pixels.encode = slowly
-encode.encode(experiment.get_config(), processes=2)
-"""
-
-
 # The simulated world
 
 
@@ -169,39 +149,6 @@ def test_a_finished_data_set_is_left_alone(tmp_path, capsys):
   config.world.gravity = 0.5
   with pytest.raises(InputError, match=r"origin.settings.gravity: 0.0, now 0.5"):
     encode.encode(config, out=tmp_path, processes=1)
-
-
-def test_kill_and_rerun_gives_the_same_bytes(tmp_path):
-  """kill -9 in the first shard, in a later one, and near the end."""
-  config = _world_config(train=240, validation=20, per_shard=10)
-  encode.encode(config, out=tmp_path / "whole", processes=1)
-  out = tmp_path / "killed"
-  config.data.path = str(out)
-  _config_file(tmp_path / "experiment.py", config)
-  program = tmp_path / "slow.py"
-  program.write_text(_SLOW_PROGRAM)
-  command = [sys.executable, str(program)]
-  environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY)}
-
-  def at_work():
-    return list((out / ".partial").glob("*.tmp-*"))
-
-  for shards in (0, 7, 20):
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("*.array*"))) < shards or not at_work():
-      assert time.monotonic() < deadline and process.poll() is None
-      time.sleep(0.002)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    with pytest.raises(InputError, match="unfinished"):
-      store.open_split(out, "train")
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive  # a worker does not go on without its parent
-  subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=True)
-  assert _content(out) == _content(tmp_path / "whole")
-  assert not (out / ".partial").exists()
 
 
 # Video files
@@ -415,3 +362,19 @@ def test_command_reports_progress_and_errors_in_lines(tmp_path):
   assert "error: cannot write" in done.stderr and "run the same command again" in done.stderr
   assert "Traceback" not in done.stderr
   assert "File too large" in done.stderr
+
+
+def test_command_shares_the_work_and_refuses_senseless_shares(tmp_path):
+  file = _config_file(tmp_path / "world.py", _world_config())
+  first = _run(f"--config={file}", f"--out={tmp_path / 'set'}", "--shard=0/2")
+  assert first.returncode == 0, first.stderr
+  assert "2 of 4 shards are left to other jobs" in first.stdout
+  again = _run(f"--config={file}", f"--out={tmp_path / 'set'}", "--noresume")
+  assert again.returncode == 2 and "is not empty" in again.stderr
+  last = _run(f"--config={file}", f"--out={tmp_path / 'set'}", "--shard=1/2")
+  assert "encode done: 10 train and 3 validation records" in last.stdout
+  encode.encode(_world_config(), out=tmp_path / "alone")
+  assert _content(tmp_path / "set") == _content(tmp_path / "alone")
+  for shard in ("2/2", "1", "a/b", "-1/2"):
+    wrong = _run(f"--config={file}", f"--out={tmp_path / 'set'}", f"--shard={shard}")
+    assert wrong.returncode == 2 and f"--shard={shard} is not I/N" in wrong.stderr

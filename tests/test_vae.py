@@ -1,5 +1,6 @@
 """The autoencoder against the numbers of diffusers; `VIDEOGPT_GOLDEN_VAE` names other ones."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,6 +13,9 @@ import pytest
 from safetensors import numpy as safetensors
 
 from videogpt_jax import codec as codec_lib
+from videogpt_jax import config as config_lib
+from videogpt_jax import objective as objective_lib
+from videogpt_jax import step as step_lib
 from videogpt_jax import vae
 from videogpt_jax.errors import InputError
 
@@ -172,6 +176,63 @@ def test_vae_codec_stores_means_and_gives_frames_back(loaded):
   assert np.abs(decoded[1] - expected).max() <= 0.51
   assert codec_lib.from_spec({**codec.spec(), "path": str(FOLDER)}) == codec
   assert "path" not in codec.spec()
+
+
+def test_stored_moments_are_sampled_on_the_device(loaded):
+  """The golden samples, from moments that went through float16."""
+  config, _ = loaded
+  codec = codec_lib.Vae(path=str(FOLDER), block=config.downsample, channels=config.latent_channels,
+                        scale=config.scale, moments=True)
+  case = _case(next(name for name in CASES if "noise" in _case(name)))
+  stored = np.concatenate([case["mean"], case["logvar"]], axis=-1).astype(np.float16)
+  tolerance = {"rtol": 2e-3, "atol": 2e-3 * config.scale}
+  np.testing.assert_allclose(codec.sample(stored, case["noise"]), case["latent_sample_scaled"],
+                             **tolerance)
+  np.testing.assert_allclose(codec.normalize(stored), case["latent_mean_scaled"], **tolerance)
+  frames = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
+  posterior = vae.encode(config, loaded[1], frames.astype(np.float32) / 127.5 - 1)
+  expected = np.concatenate([posterior.mean, posterior.log_variance], axis=-1)
+  np.testing.assert_allclose(codec.encode(frames), expected, rtol=1e-3, atol=1e-3)
+  with pytest.raises(ValueError, match="4 channels are no posterior"):
+    codec.sample(stored[..., :4], case["noise"])
+
+
+def _recipe(posterior, **codec):
+  c = config_lib.default()
+  c.data.posterior = posterior
+  c.codec.id, c.codec.block, c.codec.scale, c.codec.shift = "vae", 8, 0.5, 1.0
+  return dataclasses.replace(config_lib.recipe(c), **codec)
+
+
+def test_copies_of_a_frame_are_one_draw_or_two():
+  rng = np.random.default_rng(0)
+  mean = rng.normal(size=(6, 8, 4, 4, 4))
+  log_variance = np.full_like(mean, 2 * np.log(0.25))
+  stored = jnp.asarray(np.concatenate([mean, log_variance], axis=-1), jnp.float16)
+  keys = objective_lib.row_keys(0, jnp.int32(3), 6)
+  seen = {name: step_lib.seen_latents(_recipe(name), keys, stored) for name in step_lib.POSTERIORS}
+  normalized = (mean - 1.0) * 0.5
+  np.testing.assert_allclose(seen["mean"][0], normalized, atol=2e-3)
+  for name in ("mean", "sample"):
+    np.testing.assert_array_equal(*seen[name])
+  noise = [(np.asarray(copy) - normalized) / (0.25 * 0.5) for copy in seen["separate"]]
+  for x in noise:
+    assert abs(x.mean()) < 0.05 and abs(x.std() - 1) < 0.05
+  assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.05
+  np.testing.assert_array_equal(seen["sample"][0], seen["separate"][0])
+  # A row's draw is its own, in whichever part of the batch it stands.
+  alone = step_lib.seen_latents(_recipe("separate"), keys[4:], stored[4:])
+  for part, whole in zip(alone, seen["separate"], strict=True):
+    np.testing.assert_array_equal(part, whole[4:])
+
+
+def test_clean_copies_go_to_the_history_and_others_to_the_target():
+  rng = jax.random.split(jax.random.key(0), 2)
+  latents, clean = jnp.ones((2, 6, 1, 1, 1)), 5 * jnp.ones((2, 6, 1, 1, 1))
+  for objective in (objective_lib.fixed((2, 1, 3), beta=1.0),
+                    objective_lib.continuation(2, beta=1.0)):
+    draw, _ = objective(rng, latents, clean)
+    assert np.all(draw.target == 1) and np.all(draw.clean == 5)
 
 
 def test_vae_codec_refuses_what_does_not_fit(loaded):

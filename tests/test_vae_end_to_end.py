@@ -4,11 +4,14 @@ import json
 import pathlib
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import tiny_run
 from videogpt_jax import checkpoint
+from videogpt_jax.data import pipeline
+from videogpt_jax.data import store
 from videogpt_jax.data import video
 from videogpt_jax.data import world
 
@@ -18,13 +21,15 @@ VAE = GOLDEN / "vae"
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-  """A folder with videos of 96x64 px."""
+  """A folder with videos of 96x64 px, and some of 64x96."""
   folder = tmp_path_factory.mktemp("clips")
   settings = world.Settings(size=64, frames=12)
   for seed in range(8):
     frames = world.simulate(settings, seed).frames
     wide = np.concatenate([frames, frames[:, :, :32]], axis=2)
     video.write_mp4(folder / f"{seed}.mp4", wide, fps=24.0)
+    if seed < 6:
+      video.write_mp4(folder / f"tall{seed}.mp4", wide.swapaxes(1, 2), fps=24.0)
   return folder
 
 
@@ -34,11 +39,13 @@ def trained(clip, tmp_path_factory):
   folder = tmp_path_factory.mktemp("vae_run")
   c = tiny_run.config(folder / "data")
   c.data.source = "videos"
-  c.data.height, c.data.width = 32, 48
+  c.data.buckets = "32x48,48x32"
+  c.data.posterior = "separate"
   c.data.validation_fraction = 0.3
   c.codec.id, c.codec.block, c.codec.scale, c.codec.shift = "vae", 8, 0.13025, 0.0
   c.codec.path = str(folder / "nowhere")
-  c.train.steps = 2
+  c.codec.moments, c.codec.precision = True, "bfloat16"
+  c.train.steps = 6  # of which some are of either size
   c.train.batch_size = 2
   file = tiny_run.config_file(c, folder / "config.py")
   wrong = tiny_run.run("encode", f"--config={file}", f"--videos={clip}")
@@ -47,7 +54,7 @@ def trained(clip, tmp_path_factory):
   blind = tiny_run.run("main", f"--config={file}", f"--workdir={folder / 'blind'}")
   seeing = tiny_run.run("main", f"--config={file}", f"--workdir={folder / 'seeing'}",
                         f"--config.codec.path={VAE}")
-  return folder, {"wrong": wrong, "blind": blind, "seeing": seeing}
+  return folder, {"wrong": wrong, "right": right, "blind": blind, "seeing": seeing}
 
 
 def test_encoding_needs_the_autoencoder_and_says_so_at_once(trained):
@@ -66,6 +73,39 @@ def test_vae_training_goes_on_without_videos_where_there_is_none(trained):
   assert not list((folder / "blind").rglob("*.gif"))
   assert list((folder / "seeing").rglob("*.gif"))
   tiny_run.assert_same_state(folder / "blind", folder / "seeing")
+
+
+def test_both_sizes_are_stored_and_trained_on(trained):
+  folder, results = trained
+  source = store.open_split(folder / "data", "train")
+  assert set(source.buckets()) == {(4, 6), (6, 4)}
+  assert source.info.moments and source[0]["latents"].dtype == ml_dtypes.bfloat16
+  assert source[0]["latents"].shape[-1] == 8
+  assert "encode expects about 168 frames" in results["right"].stdout
+  batches = pipeline.batches(source, frames=4, interval=(1, 1), batch_size=2, seed=0)
+  taken = {next(batches).latents.shape[2:4] for _ in range(6)}
+  assert taken == {(4, 6), (6, 4)}
+
+
+def test_posteriors_that_were_not_stored_are_refused(trained, clip, tmp_path):
+  folder, _ = trained
+  file = folder / "config.py"
+  means = tiny_run.run("encode", f"--config={file}", f"--videos={clip}", f"--vae={VAE}",
+                       f"--out={tmp_path / 'means'}", "--config.codec.moments=False")
+  assert means.returncode == 0, means.stderr
+  result = tiny_run.run("main", f"--config={file}", f"--workdir={tmp_path / 'run'}",
+                        f"--config.data.path={tmp_path / 'means'}")
+  assert result.returncode == 2
+  assert "holds means alone" in result.stderr and "codec.moments=True" in result.stderr
+
+
+def test_a_video_is_predicted_at_the_size_most_like_it(trained, clip, tmp_path):
+  folder, _ = trained
+  result = tiny_run.run("predict", f"--checkpoint={folder / 'blind'}", f"--vae={VAE}",
+                        f"--video={clip / 'tall1.mp4'}", f"--out={tmp_path}", "--frames=2")
+  assert result.returncode == 0, result.stderr
+  assert "64x96 px resized and cropped to 32x48 as in training" in result.stdout
+  assert video.read(tmp_path / "prediction.mp4").frames.shape == (4, 48, 32, 3)
 
 
 def test_vae_run_predicts_a_video(trained, clip, tmp_path):

@@ -238,7 +238,8 @@ class Vae:
     return wait
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
-    """Frames, rounded and clipped; see `Codec.decode`."""
+    """Frames, rounded and clipped; see `Codec.decode`. Of moments, those of the means."""
+    latents = latents[..., :self.channels]
     lead = latents.shape[:-3]
     _, run = _autoencoder(self)
     flat = np.asarray(latents).reshape(-1, *latents.shape[-3:])

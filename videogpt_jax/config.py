@@ -88,7 +88,7 @@ def _data() -> ConfigDict:
   """What is encoded, and how samples are cut from it."""
   c = ConfigDict()
   c.path = ""  # the latent data set: written by `encode`, read by `main`; here or on gs://
-  c.mixture = ()  # instead: several data sets, PATH or PATH=WEIGHT each (all or none weighted)
+  c.mixture = ""  # instead: several data sets, "PATH,PATH" or "PATH=WEIGHT,PATH=WEIGHT"
   c.min_bucket = 1  # sizes of which fewer videos are usable are left out of training
   c.posterior = "mean"  # of stored moments; mean, sample, separate (published: one draw a copy)
   c.source = "videos"  # what `encode` reads: "videos", "world", or "tfds"
@@ -97,7 +97,7 @@ def _data() -> ConfigDict:
   c.root = ""  # the folder of a list's relative paths; default: the list's own
   c.height = 64  # frames are resized and centre-cropped to height x width px
   c.width = 64
-  c.buckets = ()  # instead: sizes such as "176x320"; a video takes the one most like it
+  c.buckets = ""  # instead: sizes, "176x320,240x320"; a video takes the one most like it
   c.longest_side = 0  # instead: px; proportions stay, sides are cut to multiples of a patch
   c.min_side = 16  # px; smaller source frames are refused
   c.max_aspect = 4.0  # longer over shorter side; more elongated frames are refused

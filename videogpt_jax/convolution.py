@@ -20,7 +20,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_TILES = 160  # multiplied at once: enough for a product's speed, few enough to stay in a cache
+_TILES = 96  # multiplied at once: enough for a product's speed, few enough to stay in a cache
 _CHANNELS = 16  # with fewer, of input or output, the mapping costs more than it saves
 
 _Matrix = tuple[tuple[float, ...], ...]
@@ -111,11 +111,11 @@ def _minimal(scheme: _Scheme, x: Array, kernel: Array) -> Array:
 def _portion(batch: int, down: int, across: int) -> tuple[int, int]:
   """Frames and rows of tiles that make some `_TILES`; of many frames all rows."""
   if down * across <= _TILES:
-    most = max(1, _TILES * 3 // 2 // (down * across))
+    most = max(1, 3 * _TILES // (down * across))
     return max(n for n in range(1, min(batch, most) + 1) if batch % n == 0), down
   least = max(1, min(down, _TILES // across))
   # The last strip is filled up: of some sizes the one that fills up least.
-  return 1, min(range(least, min(down, 2 * least) + 1), key=lambda n: -(-down // n) * n)
+  return 1, min(range(least, min(down, 3 * least) + 1), key=lambda n: -(-down // n) * n)
 
 
 def _tiles(scheme: _Scheme, x: Array, kernels: Array, rows: int, across: int) -> Array:

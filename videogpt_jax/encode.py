@@ -236,6 +236,7 @@ def main() -> None:
   if f.videos:
     config.data.source = "videos"
     config.data.videos = f.videos
+  machine.use_platform(config.platform)
   if f.distributed:
     jax.distributed.initialize()
   out = Path(f.out or config.data.path or ".").expanduser()

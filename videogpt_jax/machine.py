@@ -36,6 +36,21 @@ _PEAK_FLOPS = {
 }
 
 
+def use_platform(name: str) -> None:
+  """Makes jax compute on a platform (cpu, gpu, tpu), before it is started; "" leaves it to jax.
+
+  Raises:
+    InputError: there is no such device.
+  """
+  if not name:
+    return
+  jax.config.update("jax_platforms", name)
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    raise InputError(f"config.platform is {name!r}: {error}") from error
+
+
 def host_rss_mib() -> float:
   """Resident memory of this process and its children (data workers) now, MiB.
 

@@ -5,7 +5,6 @@ command again resumes the run in the workdir.
 """
 
 from absl import flags
-import jax
 from ml_collections import config_flags
 
 from videogpt_jax import cli
@@ -28,12 +27,7 @@ def main() -> None:
   config_lib.validate(config)
   if config.cpu_devices:
     machine.split_cpu(config.cpu_devices)
-  if config.platform:
-    jax.config.update("jax_platforms", config.platform)
-    try:
-      jax.devices()
-    except RuntimeError as error:
-      raise InputError(f"config.platform is {config.platform!r}: {error}") from error
+  machine.use_platform(config.platform)
   if _DRY_RUN.value:
     print(dry_run.report(config))
     return

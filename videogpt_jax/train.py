@@ -137,8 +137,8 @@ def _mixture(config: ConfigDict) -> tuple[list[str], tuple[float, ...]]:
       raise InputError("config.data.path is empty: name the folder that `encode` wrote")
     return [config.data.path], ()
   paths, weights = [], []
-  for entry in config.data.mixture:
-    path, equals, weight = entry.partition("=")
+  for entry in config.data.mixture.split(","):
+    path, equals, weight = entry.strip().partition("=")
     paths.append(path)
     try:
       weights += [float(weight)] if equals else []

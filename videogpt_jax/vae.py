@@ -84,8 +84,35 @@ class Posterior:
 # Parts ------------------------------------------------------------------------------------
 
 
-def _norm(config: Config, name: str) -> nn.GroupNorm:
-  return nn.GroupNorm(config.norm_groups, epsilon=_EPSILON, dtype=jnp.float32, name=name)
+class Norm(nn.Module):
+  """Group norm in float32 over the cells of a frame.
+
+  Cells are summed first and channels of a group last: on CPU that takes half the time of
+  flax's norm, which sums over groups as a further axis.
+  """
+
+  groups: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+    batch, height, width, channels = x.shape
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    size = channels // self.groups
+    x = x.astype(jnp.float32)
+
+    def mean(x: Array) -> Array:
+      # By rows, then rows: one long sum in float32 would lose digits.
+      groups = x.sum(2).sum(1).reshape(batch, self.groups, size).sum(2)
+      return jnp.repeat(groups / (height * width * size), size, axis=1)[:, None, None]
+
+    average = mean(x)
+    variance = jnp.maximum(mean(x * x) - average * average, 0)
+    return (x - average) * (jax.lax.rsqrt(variance + _EPSILON) * scale) + bias
+
+
+def _norm(config: Config, name: str) -> Norm:
+  return Norm(config.norm_groups, name=name)
 
 
 def _conv(config: Config, channels: int, name: str, by: Any = convolution.same) -> nn.Conv:

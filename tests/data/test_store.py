@@ -166,6 +166,31 @@ def test_a_second_run_writes_only_what_is_missing(tmp_path):
   assert _content(path) == _content(tmp_path / "whole")
 
 
+def test_writers_that_begin_at_once_do_not_disturb_each_other(tmp_path):
+  """As in containers, where every writer is process 1 of its machine."""
+  program = f"""
+    import os, pathlib, socket, sys, time
+    from videogpt_jax.data import store
+    name, os.getpid = sys.argv[1], lambda: 1
+    socket.gethostname = lambda: name
+    base = pathlib.Path({str(tmp_path)!r})
+    spec = store.Spec(4, "uint8", {{}})
+    (base / name).touch()
+    while len(list(base.glob("writer*"))) < 3:
+      time.sleep(0.001)
+    start = max(path.stat().st_mtime for path in base.glob("writer*")) + 0.5
+    for i in range(40):
+      while time.time() < start + 0.02 * i:
+        pass
+      store.create(base / f"set{{i}}", spec, {{"train": 1}}, {{}})
+  """
+  running = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(program), f"writer{i}"],
+                              stderr=subprocess.PIPE, text=True) for i in range(3)]
+  errors = [process.communicate()[1] for process in running]
+  assert [process.returncode for process in running] == [0, 0, 0], errors
+  assert all((tmp_path / f"set{i}" / "metadata.json").exists() for i in range(40))
+
+
 def test_a_killed_finish_is_repeated(tmp_path):
   writer = _write(tmp_path / "set", finish=False)
   _write(tmp_path / "whole")

@@ -25,7 +25,6 @@ from videogpt_jax.errors import InputError
 
 _BEAT_S = 0.5  # between signs of life
 _POLL_S = 0.2  # between looks at the clock
-_TRIES = 2  # of a video whose decoder ends or hangs: the first may have been bad luck
 _AHEAD = 2  # videos begun for every process, while the oldest of them is not finished
 
 Key = TypeVar("Key")
@@ -45,15 +44,16 @@ class Decoders(Generic[Key]):
     busy_s: time that the processes have spent on finished items, all together.
   """
 
-  def __init__(self, loader: load.Loader, processes: int, timeout_s: float):
+  def __init__(self, loader: load.Loader, processes: int, timeout_s: float, tries: int = 2):
     """Starts nothing yet.
 
     Args:
       loader: what an item becomes.
       processes: how many work at once.
       timeout_s: without a sign of life for so long a process is killed.
+      tries: of an item whose process ends or is killed: the first may have been bad luck.
     """
-    self._loader, self._timeout = pickle.dumps(loader), timeout_s
+    self._loader, self._timeout, self._tries = pickle.dumps(loader), timeout_s, tries
     self._workers: list[_Worker | None] = [None] * processes
     self.processes, self.busy_s = processes, 0.0
 
@@ -66,8 +66,12 @@ class Decoders(Generic[Key]):
         worker.kill()
 
   def load(self, items: Iterable[tuple[Key, Any]], tick: Callable[[], None] = lambda: None
-           ) -> Iterator[tuple[Key, list[load.Clip] | Rejected]]:
-    """What becomes of every item, in the order of the items; calls `tick` while it waits.
+           ) -> Iterator[tuple[Key, Any]]:
+    """What the loader makes of every item, or `Rejected`, in the order of the items.
+
+    Args:
+      items: keys, which are given back, and items.
+      tick: called now and then.
 
     Raises:
       InputError: decoder processes cannot be started.
@@ -122,10 +126,10 @@ class Decoders(Generic[Key]):
         if not worker.ready:
           raise InputError(f"a decoder process does not start: {problem}")
         task.failures += 1
-        if task.failures < _TRIES:
+        if task.failures < self._tries:
           again.append(task)
         else:
-          task.result = Rejected(f"{problem}, {_TRIES} times")
+          task.result = Rejected(f"{problem}, {self._tries} times")
     return again
 
 
@@ -136,7 +140,7 @@ class _Task:
   key: Any
   item: Any
   failures: int = 0
-  result: list[load.Clip] | Rejected | None = None
+  result: Any = None  # until it is there
 
 
 class _Worker:
@@ -216,7 +220,7 @@ def _work(pipe: Connection) -> None:
       return
     start = time.perf_counter()
     try:
-      result, kind = loader(item, beat), "clips"
+      result, kind = loader(item, beat), "loaded"
     except InputError as error:
       result, kind = str(error), "rejected"
     except Exception as error:  # a decoder's own defect costs its video only

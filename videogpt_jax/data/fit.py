@@ -35,6 +35,11 @@ class Fit:
   longest_side: int = 0
   multiple: int = 1
 
+  def __str__(self) -> str:
+    if self.longest_side:
+      return f"{self.longest_side} px on the longest side, in multiples of {self.multiple}"
+    return " or ".join(f"{height}x{width} px" for height, width in self.sizes)
+
   def size(self, height: int, width: int) -> Size:
     """What a frame of height x width px is brought to."""
     if self.longest_side:
@@ -67,7 +72,7 @@ def of(data: Mapping[str, Any], cell: int, patch: int = 1) -> Fit:
   Raises:
     InputError: a size that is none, or does not divide into patches.
   """
-  multiple, buckets = cell * patch, tuple(data.get("buckets", ()))
+  multiple, buckets = cell * patch, data.get("buckets", "")
   longest_side = data.get("longest_side", 0)
   if longest_side and buckets:
     raise InputError("data.longest_side and data.buckets exclude each other; set one of them")
@@ -76,7 +81,7 @@ def of(data: Mapping[str, Any], cell: int, patch: int = 1) -> Fit:
       raise InputError(f"data.longest_side must be a multiple of {multiple} px (a latent cell of "
                        f"{cell} px times a patch of {patch}), got {longest_side}")
     return Fit(longest_side=longest_side, multiple=multiple)
-  sizes = tuple(map(_size, buckets)) or ((data["height"], data["width"]),)
+  sizes = tuple(map(_size, buckets.split(","))) if buckets else ((data["height"], data["width"]),)
   for height, width in sizes:
     if height < 1 or width < 1 or height % multiple or width % multiple:
       raise InputError(f"frames of {height}x{width} px do not divide into latent cells of {cell} px"
@@ -86,6 +91,6 @@ def of(data: Mapping[str, Any], cell: int, patch: int = 1) -> Fit:
 
 
 def _size(text: str) -> Size:
-  if not (match := re.fullmatch(r"(\d+)x(\d+)", text)):
+  if not (match := re.fullmatch(r"\s*(\d+)x(\d+)\s*", text)):
     raise InputError(f"data.buckets: {text!r} is no size; sizes are HEIGHTxWIDTH, as in 176x320")
   return int(match[1]), int(match[2])

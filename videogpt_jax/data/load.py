@@ -73,10 +73,10 @@ class Clip:
 
 
 class Loader(Protocol):
-  """Turns an item of a list into clips; picklable, and called in decoder processes."""
+  """Makes something of an item of a list; picklable, and called in decoder processes."""
 
-  def __call__(self, item: Any, beat: Callable[[], None]) -> list[Clip]:
-    """The clips of an item, at least one; calls `beat` whenever it has come further.
+  def __call__(self, item: Any, beat: Callable[[], None]) -> Any:
+    """What an item becomes, such as a list of clips; calls `beat` when it has come further.
 
     Raises:
       InputError: it cannot be used; the message is the reason.
@@ -143,6 +143,27 @@ class Files:
     if max(height, width) > self.max_aspect * min(height, width):
       raise InputError(f"too elongated: {width}x{height} px, over {self.max_aspect:g}:1")
     return self.fit(frame)
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What a file says of itself: its length, rate and size, px."""
+
+  seconds: float
+  fps: float
+  height: int
+  width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Headers:
+  """Loads the `Header`s of `Segment`s' files; nothing is decoded."""
+
+  root: pathlib.Path
+
+  def __call__(self, item: Segment, beat: Callable[[], None]) -> Header:
+    seconds, fps, height, width = video.read_header(self.root / item.path)
+    return Header(seconds, fps, height, width)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ import json
 import os
 from pathlib import Path
 import shutil
+import socket
 from typing import Any
 
 from array_record.python import array_record_module
@@ -45,8 +46,9 @@ _FORMAT = 2  # 1 had one size for all records
 _METADATA = "metadata.json"
 _COMPLETE = "dataset_info.json"  # its presence says that the data set is whole
 _PARTIAL = ".partial"
-# One record a group: random access reads nothing else. Latents hardly shrink, pixels do.
-_WRITER_OPTIONS = "group_size:1,zstd:3"
+# One record a group: random access reads nothing else. Pixels shrink well; latents by a fifteenth,
+# and reading them would take four times as long.
+_WRITER_OPTIONS = {True: "group_size:1,zstd:3", False: "group_size:1,uncompressed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +104,14 @@ def _shard_name(split: str, index: int, shards: int) -> str:
   return f"{NAME}-{split}.array_record-{index:05d}-of-{shards:05d}"
 
 
+def _writer() -> str:
+  """Names this process among all machines; in containers all have one number."""
+  return f"{socket.gethostname()}-{os.getpid()}"
+
+
 def _write_atomically(path: Path, content: bytes, aside: Path) -> None:
   """Writes in the folder `aside` of the same file system, then renames."""
-  temporary = aside / f"{path.name}.new-{os.getpid()}"
+  temporary = aside / f"{path.name}.new-{_writer()}"
   with open(temporary, "wb") as file:
     file.write(content)
     file.flush()
@@ -143,7 +150,8 @@ class ShardWriter:
     self._serializer = tfds.core.example_serializer.ExampleSerializer(
       self._features.get_serialized_info()
     )
-    self._file = self._guard(array_record_module.ArrayRecordWriter, str(path), _WRITER_OPTIONS)
+    options = _WRITER_OPTIONS[np.issubdtype(np.dtype(spec.dtype), np.integer)]
+    self._file = self._guard(array_record_module.ArrayRecordWriter, str(path), options)
     self.shapes: list[tuple[int, int, int]] = []
     self.rejected: list[dict[str, Any]] = []
     self.num_bytes = 0
@@ -245,7 +253,7 @@ class Writer:
     """
     name = _shard_name(split, index, self.shards[split])
     partial = self.path / _PARTIAL
-    temporary = partial / f"{name}.tmp-{os.getpid()}"
+    temporary = partial / f"{name}.tmp-{_writer()}"
     with _clear_errors(self.path):
       for leftover in partial.glob(f"{name}.tmp-*"):  # of a writer that was killed
         leftover.unlink(missing_ok=True)
@@ -317,7 +325,7 @@ class Writer:
       np.save(content, np.array(shapes, np.int32).reshape(-1, 3))
       _write_atomically(self.path / f"shapes-{split}.npy", content.getvalue(), partial)
     # tfds does not write atomically itself: let it write aside, then move in order.
-    aside = partial / f"tfds-{os.getpid()}"
+    aside = partial / f"tfds-{_writer()}"
     aside.mkdir(exist_ok=True)
     _tfds_info(aside, self.spec, summaries).write_to_directory(aside)
     for name in ("features.json", _COMPLETE):
@@ -383,18 +391,19 @@ def create(
   content = json.loads(json.dumps(content))  # tuples become the lists that a file gives back
   with _clear_errors(path):
     path.mkdir(parents=True, exist_ok=True)
-    if (path / _METADATA).exists():
-      if differing := _differences(_read_metadata(path), content):
-        raise InputError(
-          f"{path} holds a data set that was written with other settings "
-          f"({'; '.join(differing[:5])}); delete that folder or choose another"
-        )
-    elif any(entry.name not in (_PARTIAL, REJECTED) for entry in path.iterdir()):
+    there = {entry.name for entry in path.iterdir()}
+    if not there <= {_PARTIAL, REJECTED} and _METADATA not in there:
       raise InputError(f"{path} holds other files; choose an empty or a new folder")
-    else:
+    if _METADATA not in there:
+      # Writers that begin together write the same, or the later one finds the difference.
       (path / _PARTIAL).mkdir(exist_ok=True)
       text = json.dumps(content, indent=2)
       _write_atomically(path / _METADATA, text.encode(), path / _PARTIAL)
+    if differing := _differences(_read_metadata(path), content):
+      raise InputError(
+        f"{path} holds a data set that was written with other settings "
+        f"({'; '.join(differing[:5])}); delete that folder or choose another"
+      )
     writer = Writer(path, spec, dict(shards))
     if not writer.complete:
       (path / _PARTIAL).mkdir(exist_ok=True)

@@ -30,6 +30,7 @@ SUFFIXES = frozenset((
 PICTURES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 _DEFAULT_FPS = 25.0  # of a stream that states none
 _INSTANT = 1e-6  # s, by which rounded times may differ
+_ALIKE = 0.05  # relative difference of rates that are rounded times or a dropped frame
 _SHORT_S = 0.25  # s that may be missing at the end of a file
 _CRF = "12"  # x264: hard to tell from the original
 _PAPER, _INK, _GIVEN, _PREDICTED = (255, 255, 255), (60, 60, 60), (255, 255, 255), (230, 120, 30)
@@ -112,6 +113,7 @@ def read(
       stream, no frames in that part.
   """
   frames: list[np.ndarray] = []
+  times: list[float] = []
   shape = None
   try:
     with av.open(os.fspath(path)) as container:
@@ -121,7 +123,8 @@ def read(
       rate = stream.average_rate or stream.guessed_rate or fractions.Fraction(_DEFAULT_FPS)
       _check_index(stream, container.size)
       shown = _shown(container, stream, start, end, float(rate), fps, beat)
-      for number, frame in enumerate(shown):
+      for number, (time, frame) in enumerate(shown):
+        times.append(time)
         if number % stride:
           continue
         if max_frames is not None and len(frames) == max_frames:
@@ -138,7 +141,15 @@ def read(
     raise VideoError(f"not a video that can be read: {reason}") from error
   if not frames:
     raise VideoError("no frames" + (f" after {start:g} s" if start else ""))
-  return Video(np.stack(frames), (fps or float(rate)) / stride)
+  return Video(np.stack(frames), (fps or _rate(float(rate), times)) / stride)
+
+
+def _rate(stated: float, times: list[float]) -> float:
+  """Frames a second: as stated, unless the frames' times (s) say something else."""
+  if len(times) < 2 or not times[-1] > times[0]:
+    return stated
+  measured = (len(times) - 1) / (times[-1] - times[0])
+  return stated if abs(measured - stated) <= _ALIKE * stated else measured
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
@@ -151,21 +162,21 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 def _shown(container: av.container.InputContainer, stream: av.VideoStream, start: float | None,
            end: float | None, rate: float, fps: float | None, beat: Callable[[], None]
-           ) -> Iterator[av.VideoFrame]:
-  """The frames from `start` to `end`, as they come or what is shown at every tick of `fps`."""
+           ) -> Iterator[tuple[float, av.VideoFrame]]:
+  """Frames from `start` to `end` and their times, s: all, or what is shown at ticks of `fps`."""
   timed = _decoded(container, stream, start, end, rate, beat)
   if fps is None:
-    yield from (frame for _, frame in timed)
+    yield from timed
     return
   held, shown_until, tick, first = None, 0.0, 0, None
   for time, frame in timed:
     first = time if first is None else first
     while held is not None and first + tick / fps < time - _INSTANT:
-      yield held
+      yield first + tick / fps, held
       tick += 1
     held, shown_until = frame, time + 1 / rate
   while held is not None and first is not None and first + tick / fps < shown_until - _INSTANT:
-    yield held
+    yield first + tick / fps, held
     tick += 1
 
 
@@ -207,6 +218,25 @@ def _decoded(container: av.container.InputContainer, stream: av.VideoStream,
     announced = container.duration / av.time_base
     if reached < announced - max(_SHORT_S, 2 / rate):
       raise VideoError(f"cut short: ends after {reached:.1f} of {announced:.1f} s")
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[float, float, int, int]:
+  """Seconds, frames a second, height and width of a video file; nothing is decoded.
+
+  Raises:
+    VideoError: not a video, or one whose header does not say.
+  """
+  try:
+    with av.open(os.fspath(path)) as container:
+      stream = _video_stream(container)
+      rate = float(stream.average_rate or stream.guessed_rate or _DEFAULT_FPS)
+      seconds = container.duration / av.time_base if container.duration else stream.frames / rate
+      height, width = stream.height, stream.width
+  except (av.FFmpegError, OSError) as error:
+    raise VideoError(f"not a video that can be read: {error.strerror or error}") from error
+  if not (seconds > 0 and height and width):
+    raise VideoError("the header says no length or size")
+  return seconds, rate, height, width
 
 
 def read_picture(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 H W 3"]:
