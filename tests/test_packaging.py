@@ -37,8 +37,8 @@ def test_training_imports_neither_tensorflow_nor_torch():
   assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", ["main", "encode", "predict", "evaluate", "convert",
-                                     "benchmarks.convert", "benchmarks.rollout", "benchmarks.drift",
+@pytest.mark.parametrize("command", ["main", "encode", "inspect", "predict", "evaluate",
+                                     "convert", "benchmarks.convert", "benchmarks.rollout", "benchmarks.drift",
                                      "benchmarks.endless", "benchmarks.train_step"])
 def test_commands_explain_themselves(command):
   result = subprocess.run([sys.executable, "-m", f"videogpt_jax.{command}", "--help"],

@@ -335,6 +335,11 @@ def from_settings(settings: dict[str, Any]) -> Codec:
   return from_spec({name: x for name, x in settings.items() if name in {"id", *known}})
 
 
+def stored_channels(codec: Codec) -> int:
+  """Channels of a stored latent: C, or 2C of a posterior."""
+  return codec.channels * (2 if codec.moments else 1)
+
+
 def stored(spec: dict[str, Any]) -> dict[str, Any]:
   """What of a codec's spec decides the stored latents; they are not scaled yet."""
   return {name: value for name, value in spec.items() if name not in ("scale", "shift")}

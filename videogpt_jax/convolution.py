@@ -15,7 +15,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
 from videogpt_jax import flops
 from videogpt_jax import sharding
@@ -27,7 +28,8 @@ def report(config: ConfigDict) -> str:
   counts = flops.parameters(recipe.model)
   cost = flops.training(recipe.model, recipe.objective, config.train.batch_size, latents)
   state = step_lib.abstract_state(recipe, mesh)
-  batch = jax.ShapeDtypeStruct((config.train.batch_size, *latents), jnp.dtype(codec.dtype))
+  stored = (*latents[:-1], codec_lib.stored_channels(codec))
+  batch = jax.ShapeDtypeStruct((config.train.batch_size, *stored), jnp.dtype(codec.dtype))
   with sharding.use(mesh):
     compiled = step_lib.compile_step(recipe, mesh).lower(state, batch).compile()
   memory: Any = compiled.memory_analysis()

@@ -94,7 +94,7 @@ def _plan(config: ConfigDict, videos: clips.Videos, out: Path, masks: bool) -> _
   if per_shard < 1:
     raise InputError(f"data.videos_per_shard must be at least 1, got {per_shard}")
   spec = store.Spec(
-    channels=codec.channels * (2 if codec.moments else 1),
+    channels=codec_lib.stored_channels(codec),
     dtype=codec.dtype.name,
     codec=codec.spec(),
     moments=codec.moments,

@@ -25,10 +25,14 @@ def paper() -> ConfigDict:
   c.codec.block = 8
   c.codec.scale = 0.13025
   c.codec.shift = 0.0
+  c.codec.moments = True
   c.data.path = "data/pretraining"
+  c.data.posterior = "separate"
   c.data.source = "videos"
-  c.data.height = 176  # of videos of 16:9 whose longest side is 320
+  c.data.longest_side = 320  # 176x320 of videos of 16:9
+  c.data.height = 176
   c.data.width = 320
+  c.data.min_bucket = 1000  # ours: every size is compiled for
   c.data.min_side = 128
   c.data.frames = 80
   c.data.interval = (4, 4)

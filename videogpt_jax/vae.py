@@ -256,10 +256,13 @@ class Autoencoder(nn.Module):
     self.quant_conv = _point(c, 2 * c.latent_channels)
     self.post_quant_conv = _point(c, c.latent_channels)
 
+  def moments(self, frames: Float[Array, "B H W 3"]) -> Float[Array, "B h w 2C"]:
+    """What the posterior is made of; h = H / 8, rounded down at each halving."""
+    return self.quant_conv(self.encoder(frames.astype(self.config.dtype))).astype(jnp.float32)
+
   def encode(self, frames: Float[Array, "B H W 3"]) -> Posterior:
-    """The posterior of frames in [-1, 1]; h = H / 8, rounded down at each halving."""
-    moments = self.quant_conv(self.encoder(frames.astype(self.config.dtype)))
-    return Posterior.from_moments(moments.astype(jnp.float32))
+    """The posterior of frames in [-1, 1]."""
+    return Posterior.from_moments(self.moments(frames))
 
   def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
     """Frames of unscaled latents, about in [-1, 1]."""
@@ -274,6 +277,14 @@ class Autoencoder(nn.Module):
 def encode(config: Config, params: Any, frames: Float[Array, "B H W 3"]) -> Posterior:
   """The posterior of frames in [-1, 1]."""
   out: Any = Autoencoder(config).apply({"params": params}, frames, method="encode")
+  return out
+
+
+def moments(
+    config: Config, params: Any, frames: Float[Array, "B H W 3"]
+) -> Float[Array, "B h w 2C"]:
+  """Mean and log-variance, not clipped, of frames in [-1, 1]."""
+  out: Any = Autoencoder(config).apply({"params": params}, frames, method="moments")
   return out
 
 

@@ -5,6 +5,8 @@ import itertools
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -175,7 +177,7 @@ def test_order_and_segments_are_independent():
 
 
 def test_workers_change_nothing(tmp_path):
-  writer = store.create(tmp_path, store.Spec((2, 2, 3), "uint8", {}, 2, 2), {"train": 1}, {})
+  writer = store.create(tmp_path, store.Spec(3, "uint8", {}), {"train": 1}, {})
   rng = np.random.default_rng(0)
   with writer.shard("train", 0) as shard:
     for length in range(3, 20):
@@ -197,7 +199,7 @@ def test_runs_in_a_program_that_never_parsed_flags():
     from videogpt_jax.data import pipeline
     class Source:
       lengths, info = np.array([4], np.int32), SimpleNamespace(stride=1)
-  sizes = np.ones((1, 2), np.int32)
+      sizes = np.ones((1, 2), np.int32)
       def __getitem__(self, index):
         return {"latents": np.zeros((4, 1, 1, 1))}
     if __name__ == "__main__":
@@ -292,7 +294,27 @@ def test_to_device_reads_ahead_by_its_prefetch():
       yield batch
 
   iterator = pipeline.to_device(count(), sharding, prefetch=2)
-  next(iterator)
-  assert len(pulled) == 3
-  next(iterator)
-  assert len(pulled) == 4
+  for expected in (3, 4, 5):
+    next(iterator)
+    deadline = time.monotonic() + 10
+    while len(pulled) < expected:
+      assert time.monotonic() < deadline
+      time.sleep(0.001)
+    time.sleep(0.05)
+    assert len(pulled) == expected
+  iterator.close()
+  assert "batches to devices" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_to_device_raises_what_went_wrong_in_the_thread():
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def broken():
+    yield from _take(2, Memory([9]))
+    raise InputError("record 7 cannot be read")
+
+  got = []
+  with pytest.raises(InputError, match="record 7 cannot be read"):
+    for batch in pipeline.to_device(broken(), sharding):
+      got.append(batch)
+  assert len(got) == 2

@@ -14,7 +14,9 @@ from collections.abc import Generator, Iterator
 import dataclasses
 import functools
 import hashlib
+import queue
 import signal
+import threading
 from typing import Any, NamedTuple, Protocol
 
 from absl import flags
@@ -372,7 +374,9 @@ def _start_worker(index: int, count: int) -> None:
 def to_device(
   iterator: Iterator[Batch], sharding: jax.sharding.Sharding, prefetch: int = 2
 ) -> Generator[Batch, None, None]:
-  """Puts batches on the devices ahead of time; closing it ends the iterator's workers too.
+  """Puts batches on the devices ahead of time, in a thread, so that a step never waits for that.
+
+  Closing it ends the iterator's workers too.
 
   Args:
     iterator: host batches; every process passes its own rows.
@@ -382,14 +386,30 @@ def to_device(
   Raises:
     InputError: the rows do not divide among the devices.
   """
-  ready: collections.deque[Batch] = collections.deque()
+  ready: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
+  ahead, stop = threading.Semaphore(prefetch + 1), threading.Event()
+
+  def feed() -> None:
+    try:
+      while ahead.acquire() and not stop.is_set():
+        ready.put(_put(next(iterator), sharding))
+    except StopIteration:
+      ready.put(None)
+    except BaseException as error:  # raised where the batch is asked for
+      ready.put(error)
+
+  thread = threading.Thread(target=feed, name="batches to devices", daemon=True)
+  thread.start()
   try:
-    for batch in iterator:
-      ready.append(_put(batch, sharding))
-      if len(ready) > prefetch:
-        yield ready.popleft()
-    yield from ready
+    while (batch := ready.get()) is not None:
+      if isinstance(batch, BaseException):
+        raise batch
+      yield batch
+      ahead.release()
   finally:
+    stop.set()
+    ahead.release()
+    thread.join()
     if hasattr(iterator, "close"):
       iterator.close()  # left to the garbage collector, shared memory of workers leaks
 

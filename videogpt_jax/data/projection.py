@@ -33,7 +33,7 @@ class Projection:
 def project(videos: clips.Videos, codec: codec_lib.Codec) -> Projection:
   """What all splits will hold, by the headers of videos spread over the list."""
   total = sum(videos.count(split) for split in clips.SPLITS)
-  per_cell = codec.channels * (2 if codec.moments else 1) * codec.dtype.itemsize
+  per_cell = codec_lib.stored_channels(codec) * codec.dtype.itemsize
   loader = videos.loader
   if isinstance(loader, load.Simulated):
     frames = total * loader.settings.frames

@@ -494,13 +494,13 @@ class Source:
 
 
 def splits(path: str | os.PathLike[str]) -> list[str]:
-  """Names of the splits of a finished data set; raises as `open_split`."""
-  return sorted(_metadata_of(epath.Path(path).expanduser())["shards"])
+  """Names of the splits of a finished data set; raises as `metadata`."""
+  return sorted(metadata(path)["shards"])
 
 
 def origin(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """What a finished data set was made of (see `create`); raises as `open_split`."""
-  return _metadata_of(epath.Path(path).expanduser())["origin"]
+  """What a finished data set was made of (see `create`); raises as `metadata`."""
+  return metadata(path)["origin"]
 
 
 def open_split(path: str | os.PathLike[str], split: str) -> Source:
@@ -514,8 +514,8 @@ def open_split(path: str | os.PathLike[str], split: str) -> Source:
     InputError: no data set there, an unfinished or a damaged one, or no such split.
   """
   folder = epath.Path(path).expanduser()
-  metadata = _metadata_of(folder)
-  shards = metadata["shards"]
+  content = metadata(folder)
+  shards = content["shards"]
   if split not in shards:
     raise InputError(f"{folder} has no split {split!r}, only {', '.join(sorted(shards))}")
   digest = hashlib.sha256((folder / _METADATA).read_bytes() + split.encode())
@@ -530,12 +530,17 @@ def open_split(path: str | os.PathLike[str], split: str) -> Source:
     digest.update(f"{shard.name} {size}\n".encode())
   shapes = _read_shapes(folder, split)
   digest.update(shapes.tobytes())
-  spec = Spec.from_json(metadata["spec"])
+  spec = Spec.from_json(content["spec"])
   return Source(folder, split, spec, shapes, num_bytes, digest.hexdigest()[:16])
 
 
-def _metadata_of(path: epath.Path) -> dict[str, Any]:
-  """The metadata of a finished data set of today's format."""
+def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """What `create` was told of a finished data set: `format`, `spec`, `shards`, `origin`.
+
+  Raises:
+    InputError: no data set there, an unfinished or a damaged one, or one of another format.
+  """
+  path = epath.Path(path).expanduser()
   try:
     there, complete = (path / _METADATA).exists(), (path / _COMPLETE).exists()
   except ImportError as error:
@@ -544,8 +549,8 @@ def _metadata_of(path: epath.Path) -> dict[str, Any]:
     raise InputError(f"no latent data set at {path}; `python -m videogpt_jax.encode` writes one")
   if not complete:
     raise InputError(f"the data set at {path} is unfinished; run its `encode` command again")
-  metadata = _read_metadata(path)
-  if metadata.get("format") != _FORMAT:
-    raise InputError(f"{path} has format {metadata.get('format')}, this program reads {_FORMAT}; "
+  content = _read_metadata(path)
+  if content.get("format") != _FORMAT:
+    raise InputError(f"{path} has format {content.get('format')}, this program reads {_FORMAT}; "
                      "encode the videos again into another folder")
-  return metadata
+  return content
