@@ -40,6 +40,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=11",
     "psutil>=5.9",
+    "pyarrow>=15",
     "safetensors>=0.5",
     "tensorboardX>=2.6.2,<3",
     "tensorflow-datasets>=4.9.9",
@@ -52,6 +53,8 @@ setuptools.setup(
     "cuda": [f"jax[cuda13]{_JAX}"],
     # Scores of predicted videos.
     "eval": ["matplotlib>=3.8", "scikit-image>=0.24", "scipy>=1.13"],
+    # Data sets on gs://.
+    "gcs": ["gcsfs>=2024.2"],
     # Published weights.
     "hf": ["huggingface_hub>=0.30"],
     # Peers to measure against.

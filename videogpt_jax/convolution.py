@@ -10,7 +10,7 @@ by the sums of inputs, and goes the direct way.
 Functions are called as `jax.lax.conv_general_dilated` is, by `flax.linen.Conv`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -47,7 +47,7 @@ _PLAIN = _Scheme(
   kernels=((1, 0, 0), (.5, .5, .5), (.5, -.5, .5), (0, 0, 1)),
   outputs=((1, 1, 1, 0), (0, 1, -1, -1)),
   stride=2)
-# Of the window a, b, b, c; the doubled b halves nothing.
+# Of the window a, b, b, c, of which b stands in twice: the third of _PLAIN's inputs is zero.
 _DOUBLED = _Scheme(
   inputs=((1, -1, 0), (0, 1, 0), (0, 1, -1)),
   kernels=((1, 0, 0), (1, 1, 1), (0, 0, 1)),
@@ -73,7 +73,8 @@ def doubled(x: Float[Array, "B h w D"], kernel: Float[Array, "3 3 D E"], *args: 
   return _by_platform(x, kernel, _DOUBLED, direct)
 
 
-def _by_platform(x: Array, kernel: Array, scheme: _Scheme, direct: Any) -> Array:
+def _by_platform(x: Array, kernel: Array, scheme: _Scheme,
+                 direct: Callable[[Array, Array], Array]) -> Array:
   """The one place that decides between the ways; when a program is lowered."""
   if x.dtype != jnp.float32 or min(kernel.shape[2:]) < _CHANNELS:
     return direct(x, kernel)
@@ -126,12 +127,13 @@ def _tiles(scheme: _Scheme, x: Array, kernels: Array, rows: int, across: int) ->
   side, frames, channels = len(scheme.inputs), x.shape[0], x.shape[3]
   products = jnp.einsum("ijtd,ijde->ijte", inputs.reshape(side, side, -1, channels), kernels)
   products = products.reshape(side, side, frames, rows, across, -1)
-  y = [_combined(scheme.outputs, list(row)) for row in _combined(scheme.outputs, list(products))]
-  y = jnp.stack([jnp.stack(row, axis=3) for row in y], axis=2)
+  y = jnp.stack([jnp.stack(_combined(scheme.outputs, list(row)), axis=3)
+                 for row in _combined(scheme.outputs, list(products))], axis=2)
   return y.reshape(frames, 2 * rows, 2 * across, -1)
 
 
-def _map_sides(matrix: _Matrix, rows: Sequence[Array], columns: Any) -> Array:
+def _map_sides(matrix: _Matrix, rows: Sequence[Array],
+               columns: Callable[[Array], Sequence[Array]]) -> Array:
   """The components, stacked `[i, j, ...]`, of what has `rows`, each of which has `columns`."""
   return jnp.stack([jnp.stack(_combined(matrix, columns(row)))
                     for row in _combined(matrix, rows)])

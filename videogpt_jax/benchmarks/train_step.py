@@ -38,7 +38,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is measured: a recipe and the latents [B, N, h, w, C] it is fed."""
+  """What is measured: a recipe and the stored latents [B, N, h, w, C or 2C] it is fed."""
 
   recipe: step_lib.Recipe
   latents: tuple[int, int, int, int, int]
@@ -73,7 +73,7 @@ def from_config(config: Any) -> Case:
   recipe = config_lib.recipe(config)
   side = recipe.codec.downsample
   latents = (config.train.batch_size, config.data.frames, config.data.height // side,
-             config.data.width // side, recipe.codec.channels)
+             config.data.width // side, codec.stored_channels(recipe.codec))
   return Case(recipe, latents, update=True, mesh=config.mesh.to_dict(),
               cpu_devices=config.cpu_devices)
 
@@ -95,7 +95,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
       seconds.append(time.perf_counter() - began)
   median = sorted(seconds)[len(seconds) // 2]
   cost = flops.training(case.recipe.model, case.recipe.objective, case.latents[0],
-                        case.latents[1:])
+                        (*case.latents[1:-1], case.recipe.codec.channels))
   peak_rss = machine.peak_rss_mib()
   rate = machine.product_rate()
   return {
