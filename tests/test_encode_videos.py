@@ -102,6 +102,27 @@ def test_two_processes_give_the_same_data_set_as_one(few, tmp_path):
   assert _content(tmp_path / "set") == _content(whole)
 
 
+def test_processes_of_a_cluster_share_the_work(tmp_path):
+  """Two tasks as SLURM would start them, on this machine."""
+  c = tiny_run.config(tmp_path / "set")
+  c.data.videos_per_shard = 4
+  file = tiny_run.config_file(c, tmp_path / "c.py")
+  job = str(random.SystemRandom().randrange(4096))  # decides the port
+  tasks = [subprocess.Popen(
+    _command(file, "--distributed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    env={**os.environ, "SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost",
+         "SLURM_NTASKS": "2", "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i),
+         "SLURM_STEP_NUM_NODES": "1"}) for i in range(2)]
+  said = [task.communicate(timeout=120) for task in tasks]
+  assert [task.returncode for task in tasks] == [0, 0], said
+  assert all("encode 16 videos (world)" in out for out, _ in said)
+  nowhere = subprocess.run(_command(file, "--distributed"), capture_output=True, text=True,
+                           check=False)
+  assert nowhere.returncode == 2 and "--shard=I/N" in nowhere.stderr
+  c.data.path = str(tmp_path / "alone")
+  assert _content(encode.encode(c)) == _content(tmp_path / "set")
+
+
 def test_a_list_with_missing_and_hanging_files(few, tmp_path):
   """A pipe that nobody writes to is a file whose decoder never comes back."""
   folder, _, _ = few

@@ -16,6 +16,7 @@ from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
 from videogpt_jax import objective as objective_lib
 from videogpt_jax import step as step_lib
+from videogpt_jax import tiling
 from videogpt_jax import vae
 from videogpt_jax.errors import InputError
 
@@ -195,6 +196,20 @@ def test_stored_moments_are_sampled_on_the_device(loaded):
   np.testing.assert_allclose(codec.encode(frames), expected, rtol=1e-3, atol=1e-3)
   with pytest.raises(ValueError, match="4 channels are no posterior"):
     codec.sample(stored[..., :4], case["noise"])
+
+
+def test_large_frames_go_by_tiles(loaded):
+  config, params = loaded
+  codec = codec_lib.Vae(path=str(FOLDER), block=config.downsample, channels=config.latent_channels,
+                        scale=config.scale, tile=64)
+  frames = np.random.default_rng(0).integers(0, 256, (2, 48, 160, 3), np.uint8)
+  expected = tiling.encode(config, params, frames.astype(np.float32) / 127.5 - 1, 64).mean
+  np.testing.assert_allclose(codec.encode(frames), expected, rtol=2e-3, atol=2e-3)
+  whole = dataclasses.replace(codec, tile=0)
+  assert np.abs(codec.encode(frames) - whole.encode(frames)).max() > 0.01
+  assert codec.decode(codec.encode(frames)).shape == frames.shape
+  with pytest.raises(InputError, match=r"codec.tile must be a multiple of 32 px.*got 40"):
+    dataclasses.replace(codec, tile=40)
 
 
 def _recipe(posterior, **codec):

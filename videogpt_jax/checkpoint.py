@@ -38,7 +38,7 @@ _DAMAGED = "damaged-"
 CHUNK_BYTES = 128 << 20  # of the stored arrays: a part of one can be read alone, and in parallel
 
 # Leaves of `config.model` that change how the model is computed, not what it is.
-_HOW_ONLY = {"model": set(backbone.NUMERICS), "codec": {"path", "moments", "precision"}}
+_HOW_ONLY = {"model": set(backbone.NUMERICS), "codec": {"path", "moments", "precision", "tile"}}
 
 
 class Checkpoints:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from videogpt_jax import tiling
 from videogpt_jax import vae
 from videogpt_jax.errors import InputError
 
@@ -182,6 +183,8 @@ class Vae:
       follows: how latents are stored and computed.
     moments: see above.
     precision: type of the stored latents, float16 or bfloat16.
+    tile: px; frames with a longer side are encoded and decoded by overlapping tiles of this
+      side, see `tiling`; 0: never.
   """
 
   block: int = 8
@@ -191,10 +194,14 @@ class Vae:
   path: str = "stabilityai/sdxl-vae"
   moments: bool = False
   precision: str = "float16"
+  tile: int = 512
 
   def __post_init__(self) -> None:
     if self.precision not in ("float16", "bfloat16"):
       raise InputError(f"codec.precision must be float16 or bfloat16, got {self.precision!r}")
+    if self.tile < 0 or self.tile % (4 * self.block):
+      raise InputError(f"codec.tile must be a multiple of {4 * self.block} px (four latent cells), "
+                       f"or 0 for none, got {self.tile}")
     if not self.scale > 0:
       raise InputError(f"codec.scale must be positive, got {self.scale}")
 
@@ -299,13 +306,14 @@ def _autoencoder(codec: Vae) -> tuple[Any, Any]:
   # Given as an argument: as constants of a program they would be compiled and cached with it.
   @jax.jit
   def encode(params: dict, frames: jax.Array) -> jax.Array:
-    posterior = vae.encode(config, params, frames.astype(jnp.float32) / 127.5 - 1)
+    frames = frames.astype(jnp.float32) / 127.5 - 1
+    posterior = tiling.encode(config, params, frames, codec.tile)
     moments = (posterior.mean, posterior.log_variance) if codec.moments else (posterior.mean,)
     return jnp.concatenate(moments, axis=-1).astype(codec.dtype)
 
   @jax.jit
   def decode(params: dict, latents: jax.Array) -> jax.Array:
-    image = vae.decode(config, params, latents.astype(jnp.float32))
+    image = tiling.decode(config, params, latents.astype(jnp.float32), codec.tile)
     return jnp.clip(jnp.rint((image + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
   return lambda frames: encode(next(copies), frames), functools.partial(decode, params)

@@ -80,6 +80,7 @@ def _codec() -> ConfigDict:
   c.shift = 0.5
   c.path = "stabilityai/sdxl-vae"  # vae: a folder in diffusers' format, or a hub name
   c.moments = False  # vae: encode stores the posterior's log-variance, too
+  c.tile = 512  # vae: px; larger frames are encoded and decoded by overlapping tiles; 0: never
   c.precision = "float16"  # vae: type of stored latents; float16, bfloat16
   return c
 

@@ -172,6 +172,10 @@ def _write(job: _Job, todo: list[transcode.Shard], processes: int) -> None:
   usage = transcode.run(job, todo, job.writer, job.codec, job.videos.loader, processes=processes,
                         timeout_s=job.videos.timeout_s, show=progress)
   progress(usage, final=True)
+  rate = usage.frames / max(usage.elapsed, 1e-9)
+  print(f"encode: {usage.videos} videos, {usage.clips} clips of {usage.frames} frames in "
+        f"{usage.elapsed:.1f} s, {rate:.1f} frames/s; busy: {usage.shares()}; waited for "
+        f"decoders {usage.starved:.1f} s, for latents and disk {usage.blocked:.1f} s")
 
 
 def _refuse_if_empty(job: _Job) -> None:
@@ -215,13 +219,29 @@ def kind(reason: str) -> str:
 
 
 def _shard_of(text: str) -> tuple[int, int]:
-  """I and N of --shard=I/N; without it, this process among those of jax.distributed."""
+  """I and N of --shard=I/N; without it, all."""
   if not text:
-    return jax.process_index(), jax.process_count()
+    return 0, 1
   index, slash, count = text.partition("/")
   if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
     raise InputError(f"--shard={text} is not I/N with I from 0 to N less one, as in 0/64")
   return int(index), int(count)
+
+
+def _process_of_cluster() -> tuple[int, int]:
+  """This process's number among those of jax.distributed, and how many there are.
+
+  Raises:
+    InputError: the environment names no cluster, or the others do not come.
+  """
+  try:
+    jax.distributed.initialize()
+    process = jax.process_index(), jax.process_count()
+    # From here on nobody waits for another: who is done goes, and who dies takes nobody along.
+    jax.distributed.shutdown()
+  except (RuntimeError, ValueError) as error:
+    raise InputError(f"--distributed: {error}; or share the work by --shard=I/N") from error
+  return process
 
 
 def main() -> None:
@@ -236,13 +256,13 @@ def main() -> None:
   if f.videos:
     config.data.source = "videos"
     config.data.videos = f.videos
+  if f.distributed and f.shard:
+    raise InputError("--distributed and --shard both share the work; give one of them")
+  shard, shards = _process_of_cluster() if f.distributed else _shard_of(f.shard)
   machine.use_platform(config.platform)
-  if f.distributed:
-    jax.distributed.initialize()
   out = Path(f.out or config.data.path or ".").expanduser()
   if not f.resume and out.is_dir() and any(out.iterdir()):
     raise InputError(f"--noresume: {out} is not empty; delete it or choose another folder")
-  shard, shards = _shard_of(f.shard)
   encode(config, out=f.out, processes=f.processes, shard=shard, shards=shards, masks=f.masks)
 
 

@@ -21,14 +21,14 @@ _OVERLAP = 4  # a tile shares this part of its side with the next
 
 def encode(config: vae.Config, params: Any, frames: Float[Array, "B H W 3"], tile: int = 512
            ) -> vae.Posterior:
-  """`vae.encode` by tiles of `tile` pixels; the same where no side of a frame is longer.
+  """`vae.encode` by tiles of `tile` pixels; the same where no side is longer, or with 0.
 
   Raises:
     InputError: `tile` is no multiple of four latent cells, or a side of the frames of one.
   """
-  cells = _cells(config, tile)
-  if max(frames.shape[1:3]) <= tile:
+  if not tile or max(frames.shape[1:3]) <= tile:
     return vae.encode(config, params, frames)
+  cells = _cells(config, tile)
   if any(side % config.downsample for side in frames.shape[1:3]):
     raise InputError(f"frames of {frames.shape[1]}x{frames.shape[2]} px do not divide into latent "
                      f"cells of {config.downsample} px")
@@ -38,14 +38,14 @@ def encode(config: vae.Config, params: Any, frames: Float[Array, "B H W 3"], til
 
 def decode(config: vae.Config, params: Any, latents: Float[Array, "B h w C"], tile: int = 512
            ) -> Float[Array, "B H W 3"]:
-  """`vae.decode` by tiles of `tile` pixels; the same where no side of a frame is longer.
+  """`vae.decode` by tiles of `tile` pixels; the same where no side is longer, or with 0.
 
   Raises:
     InputError: `tile` is no multiple of four latent cells.
   """
-  cells = _cells(config, tile)
-  if max(latents.shape[1:3]) <= cells:
+  if not tile or max(latents.shape[1:3]) * config.downsample <= tile:
     return vae.decode(config, params, latents)
+  cells = _cells(config, tile)
   return _tiled(lambda x: vae.decode(config, params, x), latents, cells, tile)
 
 
