@@ -1,9 +1,9 @@
 """Frames too large for one piece: the autoencoder by tiles that overlap and are blended.
 
-What diffusers does after `enable_tiling`: tiles begin at every three quarters of a tile, and
-where two overlap the one before fades into the next linearly. Memory is then that of a tile,
-whatever the frame; group norm and attention see a tile each, so that the result is near to
-the whole frame's but not the same. Pure functions of static shapes; `jit` as you like.
+The same as diffusers computes after `enable_tiling`: tiles begin at every three quarters of a
+tile, and where two overlap the one before fades into the next linearly. Memory is then that of
+a tile, whatever the frame; group norm and attention see a tile each, so that the result is
+near to the whole frame's but not the same. Pure functions of static shapes, to be jitted.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def _tiled(run: Callable[[Array], Array], x: Array, size: int, out_size: int) ->
     size: a multiple of `_OVERLAP`, as is `out_size`.
     out_size: see `run`.
   """
-  down, across = (_starts(length, size) for length in x.shape[1:3])
+  down, across = (range(0, length, size - size // _OVERLAP) for length in x.shape[1:3])
   parts = {(i, j): x[:, top:top + size, left:left + size]
            for i, top in enumerate(down) for j, left in enumerate(across)}
   tiles = _run_each(run, parts)
@@ -77,17 +77,10 @@ def _tiled(run: Callable[[Array], Array], x: Array, size: int, out_size: int) ->
       tiles[i, j] = _faded(tiles[i - 1, j], tiles[i, j], shared, axis=1)
     if j > 0:
       tiles[i, j] = _faded(tiles[i, j - 1], tiles[i, j], shared, axis=2)
-  kept = lambda index, starts: None if index == len(starts) - 1 else out_size - shared
+  kept = out_size - shared
   return jnp.concatenate([
-    jnp.concatenate([tiles[i, j][:, :kept(i, down), :kept(j, across)]
-                     for j in range(len(across))], axis=2)
+    jnp.concatenate([tiles[i, j][:, :kept, :kept] for j in range(len(across))], axis=2)
     for i in range(len(down))], axis=1)
-
-
-def _starts(length: int, size: int) -> list[int]:
-  """Where tiles begin along a side; the last is the first to reach the end."""
-  step = size - size // _OVERLAP
-  return list(range(0, max(length - size, 0) + step, step)) if length > size else [0]
 
 
 def _run_each(run: Callable[[Array], Array], parts: dict[tuple[int, int], Array]
@@ -104,7 +97,8 @@ def _run_each(run: Callable[[Array], Array], parts: dict[tuple[int, int], Array]
 
 
 def _faded(before: Array, tile: Array, shared: int, axis: int) -> Array:
-  """`tile` with its first `shared` cells along an axis blended with the last of `before`."""
+  """`tile` with its first `shared` cells along an axis, or all, blended with those of `before`."""
+  shared = min(shared, before.shape[axis], tile.shape[axis])  # at the end tiles are shorter
   weight = jnp.arange(shared, dtype=jnp.float32) / shared
   weight = jnp.expand_dims(weight, [i for i in range(tile.ndim) if i != axis])
   last = lax.slice_in_dim(before, before.shape[axis] - shared, None, axis=axis)
