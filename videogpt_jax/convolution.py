@@ -13,13 +13,15 @@ Functions are called as `jax.lax.conv_general_dilated` is, by `flax.linen.Conv`.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_TILES = 96  # multiplied at once: enough for a product's speed, few enough to stay in a cache
+# Multiplications of a component at once: enough for two cores, few enough to stay in a cache.
+_WORK = 20_000_000
 _CHANNELS = 16  # with fewer, of input or output, the mapping costs more than it saves
 
 _Matrix = tuple[tuple[float, ...], ...]
@@ -86,7 +88,7 @@ def _minimal(scheme: _Scheme, x: Array, kernel: Array) -> Array:
   """The convolution, portion by portion: some frames, or some rows of one."""
   batch, height, width, channels = x.shape
   down, across = -(-height // scheme.stride), -(-width // scheme.stride)  # tiles
-  frames, rows = _portion(batch, down, across)
+  frames, rows = _portion(batch, down, across, max(1, _WORK // math.prod(kernel.shape[2:])))
   strips = -(-down // rows)
   halo = len(scheme.inputs[0]) - scheme.stride
   cells = lambda tiles: tiles * scheme.stride + halo
@@ -108,12 +110,12 @@ def _minimal(scheme: _Scheme, x: Array, kernel: Array) -> Array:
   return y[:, :height * 2 // scheme.stride, :width * 2 // scheme.stride]
 
 
-def _portion(batch: int, down: int, across: int) -> tuple[int, int]:
-  """Frames and rows of tiles that make some `_TILES`; of many frames all rows."""
-  if down * across <= _TILES:
-    most = max(1, 3 * _TILES // (down * across))
+def _portion(batch: int, down: int, across: int, tiles: int) -> tuple[int, int]:
+  """Frames and rows of tiles that make `tiles` or up to three times as many; or all rows."""
+  if down * across <= tiles:
+    most = max(1, 3 * tiles // (down * across))
     return max(n for n in range(1, min(batch, most) + 1) if batch % n == 0), down
-  least = max(1, min(down, _TILES // across))
+  least = max(1, min(down, tiles // across))
   # The last strip is filled up: of some sizes the one that fills up least.
   return 1, min(range(least, min(down, 3 * least) + 1), key=lambda n: -(-down // n) * n)
 
@@ -125,7 +127,8 @@ def _tiles(scheme: _Scheme, x: Array, kernels: Array, rows: int, across: int) ->
     for i in range(len(scheme.inputs[0]))]
   inputs = _map_sides(scheme.inputs, taken(x, 1, rows), lambda x: taken(x, 2, across))
   side, frames, channels = len(scheme.inputs), x.shape[0], x.shape[3]
-  products = jnp.einsum("ijtd,ijde->ijte", inputs.reshape(side, side, -1, channels), kernels)
+  flat = inputs.reshape(side, side, -1, channels)
+  products = jnp.einsum("ijtd,ijde->ijte", flat, kernels)
   products = products.reshape(side, side, frames, rows, across, -1)
   y = jnp.stack([jnp.stack(_combined(scheme.outputs, list(row)), axis=3)
                  for row in _combined(scheme.outputs, list(products))], axis=2)

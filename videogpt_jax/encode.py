@@ -3,12 +3,14 @@
     python -m videogpt_jax.encode --config=configs/tiny.py
     python -m videogpt_jax.encode --config=configs/videos.py --videos=my_videos --out=data/mine
     python -m videogpt_jax.encode --config=configs/stage1.py --videos=list.csv --shard=3/64
+    python -m videogpt_jax.encode --config=configs/videos.py --videos=tfds:moving_mnist --out=...
 
-The videos come from a folder, a list (see `data/listing.py`) or the simulated world
-(`config.data.source`). A file that cannot be used is listed in `rejected.jsonl` with its
-reason and the run goes on, also when its decoder hangs or crashes. After an interruption of
-any kind the same command continues where it stopped, and the data set has the same bytes
-whatever happened on the way and however many processes and machines took part.
+The videos come from a folder, a list (see `data/listing.py`), a TFDS data set (see
+`data/tfds_videos.py`) or the simulated world (`config.data.source`). A video that cannot be
+used is listed in `rejected.jsonl` with its reason and the run goes on, also when its decoder
+hangs or crashes. After an interruption of any kind the same command continues where it stopped,
+and the data set has the same bytes whatever happened on the way and however many processes and
+machines took part.
 """
 
 import collections
@@ -37,6 +39,7 @@ from videogpt_jax.data import store
 from videogpt_jax.errors import InputError
 
 _REDRAW_S = {True: 0.2, False: 5.0}  # between progress lines: on a terminal, in a log
+_TFDS = "tfds:"  # of --videos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,8 +257,9 @@ def main() -> None:
                        "\"vae\"")
     config.codec.path = f.vae
   if f.videos:
-    config.data.source = "videos"
-    config.data.videos = f.videos
+    named = f.videos.startswith(_TFDS)
+    config.data.source = "tfds" if named else "videos"
+    config.data.videos = f.videos.removeprefix(_TFDS)
   if f.distributed and f.shard:
     raise InputError("--distributed and --shard both share the work; give one of them")
   shard, shards = _process_of_cluster() if f.distributed else _shard_of(f.shard)
@@ -272,7 +276,8 @@ def _define_flags() -> None:
   flags.DEFINE_string("videos", "", "Folder of video files, or a list of them: .txt (a path a "
                       "line, or path, tab, frames), .csv or .parquet (columns path, start, end, "
                       "label, caption, split), or a published list with --config.data.recipe; "
-                      "default: config.data.videos.")
+                      "or tfds:NAME[/CONFIG][:VERSION], a TensorFlow data set such as "
+                      "tfds:moving_mnist; default: config.data.videos.")
   flags.DEFINE_string("vae", "", "Folder (or hub name) of the autoencoder; default: "
                       "config.codec.path.")
   flags.DEFINE_string("out", "", "Folder of the data set; default: config.data.path.")

@@ -341,7 +341,7 @@ class Videos:
 
   def __init__(self, run: Run):
     self._run = run
-    self._count = min(run.config.log.videos, sum(map(len, run.validation.sources)))
+    self._count = min(run.config.log.videos, len(run.validation))
     if self._count:
       try:
         run.recipe.codec.prepare()

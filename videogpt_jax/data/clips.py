@@ -1,6 +1,6 @@
-"""Which videos `encode` reads: files in folders and lists, or the simulated world."""
+"""Which videos `encode` reads: files in folders and lists, TFDS sets, or the simulated world."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -132,12 +132,13 @@ def find(config: ConfigDict, masks: bool = False) -> Videos:
   min_frames = (data.frames - 1) * -(-data.interval[0] // data.stride) + 1
   if data.source == "world":
     return _world_videos(config, min_frames, masks)
-  if data.source != "videos":
-    raise InputError(f'data.source must be "videos" or "world", got {data.source!r}')
+  if data.source not in ("videos", "tfds"):
+    raise InputError(f'data.source must be "videos" or "world" or "tfds", got {data.source!r}')
   if masks:
     raise InputError('video files have no object masks; those are for data.source="world"')
   if not data.videos:
-    raise InputError("no videos: give --videos=FOLDER or --videos=LIST (or set data.videos)")
+    raise InputError("no videos: give --videos=FOLDER, --videos=LIST or --videos=tfds:NAME "
+                     "(or set data.videos)")
   if 0 < data.max_frames < min_frames:
     raise InputError(
       f"data.max_frames={data.max_frames} cuts every video too short: {data.frames} frames at "
@@ -146,20 +147,19 @@ def find(config: ConfigDict, masks: bool = False) -> Videos:
   for name in ("fps", "scene_cut", "decode_timeout"):
     if data[name] < 0:
       raise InputError(f"data.{name} must be at least 0, got {data[name]}")
+  rules: dict[str, Any] = {name: data[name] for name in
+                           ("fps", "stride", "max_frames", "min_side", "max_aspect", "scene_cut")}
+  rules["fit"] = fit_lib.of(data, config.codec.block, config.model.patch_size)
+  rules["min_frames"] = min_frames
+  timeout = data.decode_timeout or float("inf")
+  if data.source == "tfds":
+    from videogpt_jax.data import tfds_videos  # which imports this module
+
+    return tfds_videos.find(data.videos, data.root, rules, data.validation_fraction, timeout)
   listing = listing_lib.read(data.videos, recipe=data.recipe, root=data.root)
-  loader = load.Files(
-    root=listing.root,
-    fit=fit_lib.of(data, config.codec.block, config.model.patch_size),
-    fps=data.fps,
-    stride=data.stride,
-    max_frames=data.max_frames,
-    min_frames=min_frames,
-    min_side=data.min_side,
-    max_aspect=data.max_aspect,
-    scene_cut=data.scene_cut,
-  )
+  loader = load.Files(root=listing.root, **rules)
   rows = split_rows(listing, data.validation_fraction)
-  return VideoFiles(listing, rows, loader, data.decode_timeout or float("inf"))
+  return VideoFiles(listing, rows, loader, timeout)
 
 
 def _world_videos(config: ConfigDict, min_frames: int, masks: bool) -> WorldVideos:
@@ -191,7 +191,12 @@ def split_rows(listing: listing_lib.Listing, fraction: float) -> dict[str, Int64
   Parts of one file stay together, and entries that are added move no other.
   """
   split = listing.table.column("split").to_numpy(zero_copy_only=False)
-  names = listing.table.column("path").to_pylist()
+  return split_by_name(listing.table.column("path").to_pylist(), split, fraction)
+
+
+def split_by_name(names: Sequence[str], split: np.ndarray, fraction: float
+                  ) -> dict[str, Int64[np.ndarray, " R"]]:
+  """See `split_rows`; `split` has "train", "validation" or "" (by a hash) for every name."""
   rank = np.array([_rank(name) for name in names])
   free = split == ""
   held_out = (split == "validation") | (free & (rank < fraction))

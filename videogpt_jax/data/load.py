@@ -84,11 +84,10 @@ class Loader(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-  """Loads `Segment`s: decoded, checked, resized, cropped, cut into scenes.
+class Rules:
+  """What makes clips of decoded frames, wherever these come from.
 
   Attributes:
-    root: what relative paths are relative to.
     fit: how frames come to their size.
     fps: frames a second that are taken by their times; 0: all frames.
     stride: every stride-th of these is kept.
@@ -99,7 +98,6 @@ class Files:
     scene_cut: see `scenes.cuts`; 0: videos stay whole.
   """
 
-  root: pathlib.Path
   fit: fit_lib.Fit
   fps: float
   stride: int
@@ -109,40 +107,83 @@ class Files:
   max_aspect: float
   scene_cut: float
 
-  def __call__(self, item: Segment, beat: Callable[[], None]) -> list[Clip]:
-    whole = self.scene_cut > 0  # the limit is on scenes
-    path = self.root / item.path
-    if not path.exists():
-      raise InputError("missing: no such file")
-    read = video.read(
-      path,
-      stride=self.stride,
-      max_frames=None if whole else self.max_frames or None,
-      transform=self._shrink,
-      start=item.start,
-      end=item.end,
-      fps=self.fps or None,
-      threads=1,  # there is a process for every core
-      beat=beat,
-    )
-    parts = scenes.split(read.frames, self.scene_cut) if whole else [read.frames]
-    parts = [part[:self.max_frames or None] for part in parts if len(part) >= self.min_frames]
-    if not parts:
-      kind = "scenes of at most" if whole else ""
-      longest = max(map(len, scenes.split(read.frames, self.scene_cut) if whole else [read.frames]))
-      raise InputError(f"too short: {kind}{' ' * bool(kind)}{longest} frames at stride "
-                       f"{self.stride}, {self.min_frames} needed")
-    name = lambda i: f"{item.name}#{i}" if len(parts) > 1 else item.name
-    return [Clip(frames=part, fps=read.fps * self.stride, source=name(i), label=item.label,
-                 caption=item.caption) for i, part in enumerate(parts)]
+  @property
+  def headers(self) -> Loader:
+    """Loads the `Header` of an item instead of its clips."""
+    raise NotImplementedError
 
-  def _shrink(self, frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+  @property
+  def limit(self) -> int | None:
+    """Frames of a video that are needed at most; with scenes all, since the limit is on these."""
+    return None if self.scene_cut > 0 else self.max_frames or None
+
+  def shrink(self, frame: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """A source frame at its size.
+
+    Raises:
+      InputError: it is too small or too elongated.
+    """
     height, width, _ = frame.shape
     if min(height, width) < self.min_side:
       raise InputError(f"too small: {width}x{height} px, a side under {self.min_side}")
     if max(height, width) > self.max_aspect * min(height, width):
       raise InputError(f"too elongated: {width}x{height} px, over {self.max_aspect:g}:1")
     return self.fit(frame)
+
+  def clips(self, frames: UInt8[np.ndarray, "T h w 3"], fps: float, name: str, label: int,
+            caption: str) -> list[Clip]:
+    """The video, or its scenes, as clips.
+
+    Args:
+      frames: that `shrink` made, every stride-th of the source's.
+      fps: of `frames`.
+      name, label, caption: of the video; scenes get their number after the name.
+
+    Raises:
+      InputError: nothing is long enough.
+    """
+    cut = self.scene_cut > 0
+    whole = scenes.split(frames, self.scene_cut) if cut else [frames]
+    parts = [part[:self.max_frames or None] for part in whole if len(part) >= self.min_frames]
+    if not parts:
+      kind = "scenes of at most " if cut else ""
+      raise InputError(f"too short: {kind}{max(map(len, whole))} frames at stride "
+                       f"{self.stride}, {self.min_frames} needed")
+    title = lambda i: f"{name}#{i}" if len(parts) > 1 else name
+    return [Clip(frames=part, fps=fps * self.stride, source=title(i), label=label, caption=caption)
+            for i, part in enumerate(parts)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Files(Rules):
+  """Loads `Segment`s: decoded, checked, resized, cropped, cut into scenes.
+
+  Attributes:
+    root: what relative paths are relative to.
+  """
+
+  root: pathlib.Path
+
+  @property
+  def headers(self) -> Loader:
+    return Headers(self.root)
+
+  def __call__(self, item: Segment, beat: Callable[[], None]) -> list[Clip]:
+    path = self.root / item.path
+    if not path.exists():
+      raise InputError("missing: no such file")
+    read = video.read(
+      path,
+      stride=self.stride,
+      max_frames=self.limit,
+      transform=self.shrink,
+      start=item.start,
+      end=item.end,
+      fps=self.fps or None,
+      threads=1,  # there is a process for every core
+      beat=beat,
+    )
+    return self.clips(read.frames, read.fps, item.name, item.label, item.caption)
 
 
 @dataclasses.dataclass(frozen=True)

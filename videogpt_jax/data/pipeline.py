@@ -104,6 +104,9 @@ class Mixture:
     if not all(0 < weight < float("inf") for weight in self.weights):
       raise InputError(f"the weights of a mixture must be positive, got {self.weights}")
 
+  def __len__(self) -> int:
+    return sum(map(len, self.sources))
+
   @property
   def fingerprint(self) -> str:
     """Names the content and the proportions."""

@@ -1,6 +1,7 @@
 """How large a data set will be, from a look at some of the videos."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +39,8 @@ def project(videos: clips.Videos, codec: codec_lib.Codec) -> Projection:
   if isinstance(loader, load.Simulated):
     frames = total * loader.settings.frames
     return Projection(frames, frames * (loader.settings.size // codec.downsample) ** 2 * per_cell)
-  assert isinstance(loader, load.Files)
-  found = [_stored(loader, segment, header) for segment, header in _headers(videos, loader)]
+  assert isinstance(loader, load.Rules)
+  found = [_stored(loader, item, header) for item, header in _headers(videos, loader)]
   if not found:
     return Projection(0, 0)
   frames = round(total * float(np.mean([frames for frames, _ in found])))
@@ -47,20 +48,23 @@ def project(videos: clips.Videos, codec: codec_lib.Codec) -> Projection:
   return Projection(frames, round(frames * area * per_cell))
 
 
-def _headers(videos: clips.Videos, loader: load.Files) -> list[tuple[load.Segment, load.Header]]:
-  """Some segments whose headers can be read; not in this process, which might hang."""
-  segments = [videos.item(split, number) for split in clips.SPLITS
-              for number in _spread(videos.count(split))]
-  pool = decoders.Decoders[int](load.Headers(loader.root), 1, _TIMEOUT_S, tries=1)
+def _headers(videos: clips.Videos, loader: load.Rules) -> list[tuple[Any, load.Header]]:
+  """Some items whose headers can be read; not in this process, which might hang."""
+  items = [videos.item(split, number) for split in clips.SPLITS
+           for number in _spread(videos.count(split))]
+  pool = decoders.Decoders[int](loader.headers, 1, _TIMEOUT_S, tries=1)
   with pool:
-    read = list(pool.load(enumerate(segments)))
-  return [(segments[i], header) for i, header in read if isinstance(header, load.Header)]
+    read = list(pool.load(enumerate(items)))
+  return [(items[i], header) for i, header in read if isinstance(header, load.Header)]
 
 
-def _stored(loader: load.Files, segment: load.Segment, header: load.Header) -> tuple[float, int]:
-  """Stored frames of a segment, and their area, px."""
-  end = header.seconds if segment.end is None else min(header.seconds, segment.end)
-  frames = max(0.0, end - (segment.start or 0.0)) * (loader.fps or header.fps) / loader.stride
+def _stored(loader: load.Rules, item: Any, header: load.Header) -> tuple[float, int]:
+  """Stored frames of an item, and their area, px."""
+  start, end = 0.0, header.seconds
+  if isinstance(item, load.Segment):
+    start = item.start or 0.0
+    end = end if item.end is None else min(end, item.end)
+  frames = max(0.0, end - start) * (loader.fps or header.fps) / loader.stride
   limit = float("inf") if loader.scene_cut else loader.max_frames or float("inf")
   height, width = loader.fit.size(header.height, header.width)
   return min(frames, limit), height * width

@@ -40,8 +40,8 @@ from videogpt_jax.errors import InputError
 
 NAME = "videogpt"
 REJECTED = "rejected.jsonl"
+VERSION = "1.0.0"
 
-_VERSION = "1.0.0"
 _FORMAT = 2  # 1 had one size for all records
 _METADATA = "metadata.json"
 _COMPLETE = "dataset_info.json"  # its presence says that the data set is whole
@@ -82,8 +82,9 @@ class Spec:
     return cls(**{**fields, "labels": tuple(fields["labels"])})
 
 
-def _features(spec: Spec) -> tfds.features.FeaturesDict:
-  features = {
+def features(spec: Spec) -> tfds.features.FeaturesDict:
+  """What TFDS has to know of the records."""
+  fields = {
     "latents": tfds.features.Tensor(
       shape=(None, None, None, spec.channels), dtype=np.dtype(spec.dtype), encoding="bytes"
     ),
@@ -94,10 +95,10 @@ def _features(spec: Spec) -> tfds.features.FeaturesDict:
     "caption": tfds.features.Text(),
   }
   if spec.masks:
-    features["masks"] = tfds.features.Tensor(
+    fields["masks"] = tfds.features.Tensor(
       shape=(None, None, None, None), dtype=np.uint8, encoding="bytes"
     )
-  return tfds.features.FeaturesDict(features)
+  return tfds.features.FeaturesDict(fields)
 
 
 def _shard_name(split: str, index: int, shards: int) -> str:
@@ -146,7 +147,7 @@ class ShardWriter:
   def __init__(self, spec: Spec, path: Path):
     self._path = path
     self._spec = spec
-    self._features = _features(spec)
+    self._features = features(spec)
     self._serializer = tfds.core.example_serializer.ExampleSerializer(
       self._features.get_serialized_info()
     )
@@ -351,9 +352,9 @@ def _tfds_info(
   path: Path, spec: Spec, summaries: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tfds.core.DatasetInfo:
   identity = tfds.core.dataset_info.DatasetIdentity(
-    name=NAME, version=tfds.core.Version(_VERSION), data_dir=str(path), module_name=""
+    name=NAME, version=tfds.core.Version(VERSION), data_dir=str(path), module_name=""
   )
-  info = tfds.core.DatasetInfo(builder=identity, features=_features(spec))
+  info = tfds.core.DatasetInfo(builder=identity, features=features(spec))
   info.set_file_format("array_record")
   splits = [
     tfds.core.SplitInfo(

@@ -239,8 +239,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[float, float, int, int]:
   return seconds, rate, height, width
 
 
-def read_picture(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "1 H W 3"]:
-  """A picture file, turned upright, as a video of one frame.
+def read_picture(path: str | os.PathLike[str] | BinaryIO) -> UInt8[np.ndarray, "1 H W 3"]:
+  """A picture file (or an open one), turned upright, as a video of one frame.
 
   Raises:
     VideoError: not a picture that Pillow opens.
