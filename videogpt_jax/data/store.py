@@ -541,17 +541,17 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
   Raises:
     InputError: no data set there, an unfinished or a damaged one, or one of another format.
   """
-  path = epath.Path(path).expanduser()
+  folder = epath.Path(path).expanduser()
   try:
-    there, complete = (path / _METADATA).exists(), (path / _COMPLETE).exists()
+    there, complete = (folder / _METADATA).exists(), (folder / _COMPLETE).exists()
   except ImportError as error:
-    raise InputError(f"{path} lies in the cloud: pip install 'videogpt_jax[gcs]'") from error
+    raise InputError(f"{folder} lies in the cloud: pip install 'videogpt_jax[gcs]'") from error
   if not there:
-    raise InputError(f"no latent data set at {path}; `python -m videogpt_jax.encode` writes one")
+    raise InputError(f"no latent data set at {folder}; `python -m videogpt_jax.encode` writes one")
   if not complete:
-    raise InputError(f"the data set at {path} is unfinished; run its `encode` command again")
-  content = _read_metadata(path)
+    raise InputError(f"the data set at {folder} is unfinished; run its `encode` command again")
+  content = _read_metadata(folder)
   if content.get("format") != _FORMAT:
-    raise InputError(f"{path} has format {content.get('format')}, this program reads {_FORMAT}; "
+    raise InputError(f"{folder} has format {content.get('format')}, this program reads {_FORMAT}; "
                      "encode the videos again into another folder")
   return content
