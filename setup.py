@@ -66,6 +66,7 @@ setuptools.setup(
     # Everything that `make test` runs.
     "dev": [
       *_DEMO,
+      "gcsfs>=2024.2",
       "hypothesis>=6.100",
       "ipykernel>=6.29",
       "mypy>=1.15",

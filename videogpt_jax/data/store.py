@@ -473,16 +473,18 @@ class Source:
 
     Raises:
       IndexError: there is no such record.
-      InputError: the shard is damaged.
+      InputError: the shard is damaged or out of reach.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"record {index} of {len(self)}")
     try:
       record = self._records[index]
     except RuntimeError as error:  # ArrayRecord's only kind
+      cloud = str(self.path).startswith("gs://")
       raise InputError(
         f"record {index} of {self.path}, split {self.split!r}, cannot be read ({error}); "
-        "delete the folder and encode the data again"
+        + ("check the bucket, your access to it and the network" if cloud else
+           "delete the folder and encode the data again")
       ) from error
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
 
@@ -539,13 +541,16 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
   """What `create` was told of a finished data set: `format`, `spec`, `shards`, `origin`.
 
   Raises:
-    InputError: no data set there, an unfinished or a damaged one, or one of another format.
+    InputError: no data set there, an unfinished or a damaged one, one of another format, or
+      one that cannot be read.
   """
   folder = epath.Path(path).expanduser()
   try:
     there, complete = (folder / _METADATA).exists(), (folder / _COMPLETE).exists()
   except ImportError as error:
     raise InputError(f"{folder} lies in the cloud: pip install 'videogpt_jax[gcs]'") from error
+  except Exception as error:  # gcsfs, its credentials and the network have kinds of their own
+    raise InputError(f"cannot read {folder}: {error}") from error
   if not there:
     raise InputError(f"no latent data set at {folder}; `python -m videogpt_jax.encode` writes one")
   if not complete:
