@@ -68,7 +68,8 @@ def test_golden_time_features():
 def test_fixed_clips_leave_out_what_nobody_sees():
   latents = jax.random.normal(jax.random.key(0), (2, 5, 2, 2, 3))
   for lengths, clean in (((2, 1, 2), 3), ((4, 1), 4), ((5,), 0)):
-    draw, blocks = objective.fixed(lengths)(objective.row_keys(0, jnp.int32(3), 2), latents)
+    draw, blocks = objective.fixed(lengths)(
+      objective.row_keys(0, jnp.int32(3), 2), latents, latents)
     assert draw.clean.shape[1] == clean
     assert blocks.frame[1].tolist() == [*range(clean), *range(5)]
     assert blocks.valid.all()
@@ -79,7 +80,7 @@ def test_fixed_clips_leave_out_what_nobody_sees():
 def test_continuation_gives_history_and_denoises_the_rest():
   latents = jax.random.normal(jax.random.key(0), (2, 5, 2, 2, 3))
   keys = objective.row_keys(0, jnp.int32(3), 2)
-  draw, blocks = objective.continuation(2)(keys, latents)
+  draw, blocks = objective.continuation(2)(keys, latents, latents)
   np.testing.assert_array_equal(draw.target, latents[:, 2:])
   assert blocks.frame[0].tolist() == [0, 1, 2, 3, 4]
   np.testing.assert_array_equal(draw.t, draw.t[:, :1].repeat(3, axis=1))

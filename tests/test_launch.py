@@ -192,7 +192,9 @@ def _signalled(stand_ins, tmp_path, number, **variables):
   started = tmp_path / "started"
   process = subprocess.Popen(
     ["bash", str(_SLURM), "--config=c.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    text=True, env=stand_ins.environment(STARTED=str(started), **variables))
+    text=True, env=stand_ins.environment(STARTED=str(started), **variables),
+    # A shell's background job ignores Ctrl-C from the start, and the tests may be one.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
   deadline = time.monotonic() + 30
   while not (started.exists() and started.read_text()):
     assert time.monotonic() < deadline and process.poll() is None

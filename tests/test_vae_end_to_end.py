@@ -148,7 +148,7 @@ def test_vae_and_published_weights_predict_as_they_come(published_folder, clip, 
                           "--clip_frames=1")
     assert result.returncode == 0, result.stderr
     videos.append(video.read(tmp_path / "out" / "prediction.mp4"))
-  assert videos[0].frames.shape == (4, 176, 320, 3)
+  assert videos[0].frames.shape == (4, 208, 320, 3)  # the longest side, proportions kept
   assert videos[0].fps == pytest.approx(6.0)  # every 4th frame of 24 a second
   np.testing.assert_array_equal(videos[0].frames, videos[1].frames)
 

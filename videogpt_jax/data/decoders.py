@@ -24,6 +24,7 @@ from videogpt_jax.data import load
 from videogpt_jax.errors import InputError
 
 _BEAT_S = 0.5  # between signs of life
+_START_S = 300.0  # that a process may take to start
 _POLL_S = 0.2  # between looks at the clock
 _AHEAD = 2  # videos begun for every process, while the oldest of them is not finished
 
@@ -118,8 +119,8 @@ class Decoders(Generic[Key]):
           self.busy_s += worker.receive()
         except (EOFError, OSError):
           problem = worker.ended()
-      elif time.monotonic() - worker.heard > self._timeout and not worker.pipe.poll():
-        problem = f"decoder hung: no frame for {self._timeout:g} s"
+      elif time.monotonic() - worker.heard > self._patience(worker) and not worker.pipe.poll():
+        problem = f"decoder hung: no frame for {self._patience(worker):g} s"
       if problem:
         worker.kill()
         self._workers[place] = None
@@ -131,6 +132,11 @@ class Decoders(Generic[Key]):
         else:
           task.result = Rejected(f"{problem}, {self._tries} times")
     return again
+
+
+  def _patience(self, worker: "_Worker") -> float:
+    """How long a process may be silent, s; the start on a busy machine is no video's fault."""
+    return self._timeout if worker.ready else max(self._timeout, _START_S)
 
 
 @dataclasses.dataclass
