@@ -17,6 +17,12 @@ WAYS = {
   for name in ("same", "doubled")}
 
 
+@pytest.fixture(autouse=True)
+def _small_portions(monkeypatch):
+  """Some 96 tiles of few channels at once, not thousands."""
+  monkeypatch.setattr(convolution, "_WORK", 96 * 16 * 19)
+
+
 def _random(shape, kernel_out):
   rng = np.random.default_rng(0)
   kernel = rng.standard_normal((3, 3, shape[-1], kernel_out)) / np.sqrt(9 * shape[-1])

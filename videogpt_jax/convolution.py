@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 # Multiplications of a component at once: enough for two cores, few enough to stay in a cache.
-_WORK = 20_000_000
+_WORK = 40_000_000
 _CHANNELS = 16  # with fewer, of input or output, the mapping costs more than it saves
 
 _Matrix = tuple[tuple[float, ...], ...]

@@ -29,7 +29,9 @@ class Videos(tfds.core.BuilderConfig):
   videos: str = ""
 
 
-class VideogptLatents(tfds.core.dataset_builder.FileReaderBuilder):
+# Not registered by name: that is how finished data sets of any origin are found in a data_dir.
+class VideogptLatents(tfds.core.dataset_builder.FileReaderBuilder,
+                      skip_registration=True):  # type: ignore[call-arg]
   """Latents of a set that TFDS fetches (`ucf101`, `moving_mnist`) or of your videos (`folder`).
 
   Nothing of `GeneratorBasedBuilder` is used: `encode` writes the records itself, goes on where
