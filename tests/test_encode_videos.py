@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -209,28 +210,34 @@ def _command(file, *options):
           "--config.platform=cpu", *options]
 
 
-def _interrupt(file, out, whole_run, kills, moments):
+def _interrupt(file, out, kills, moments):
   """Kills the command at random moments until it was killed so often, then lets it finish.
 
-  Returns for every kill how many shards were whole. No process may survive one.
+  In turns: soon after it has written another shard, while it writes the first, and while it
+  starts. Returns for every kill how many shards were whole. No process may survive one.
   """
+  whole = lambda: len(list(out.glob("*.array_record*")))
+  begun = lambda: len(list((out / ".partial").glob("*.tmp-*")))
   record = []
   while len(record) < kills:
+    before, turn, deadline = whole(), len(record) % 4, time.monotonic() + 120
     process = subprocess.Popen(_command(file), stdout=subprocess.DEVNULL)
-    left = whole_run * (kills - len(record)) / kills
-    try:
-      process.wait(timeout=moments.uniform(0.3, 0.5 + 1.5 * left / max(1, kills - len(record))) + 4)
-    except subprocess.TimeoutExpired:
+    while turn != 3 and process.poll() is None:
+      if begun() and (turn == 1 or whole() > before):
+        break
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    time.sleep(moments.uniform(0, (0.5, 3.0, 0.5, 5.0)[turn]))
+    if process.poll() is None:
       children = psutil.Process(process.pid).children(recursive=True)
       process.kill()
       process.wait()
       _, alive = psutil.wait_procs(children, timeout=10)
       assert not alive
-      record.append(len(list(out.glob("*.array_record*"))))
+      record.append(whole())
     else:  # it was faster: begin anew
       assert process.returncode == 0
-      for path in sorted(out.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
+      shutil.rmtree(out)
   subprocess.run(_command(file), stdout=subprocess.DEVNULL, check=True)
   return record
 
@@ -239,7 +246,7 @@ def test_killed_and_run_again_the_data_set_is_the_same(few, tmp_path):
   folder, _, whole = few
   out = tmp_path / "killed"
   file = tiny_run.config_file(_config(folder / "videos", out), tmp_path / "c.py")
-  _interrupt(file, out, 6.0, 3, random.Random(0))
+  _interrupt(file, out, 3, random.Random(0))
   assert _content(out) == _content(whole)
   assert not (out / ".partial").exists()
 
@@ -260,14 +267,15 @@ def test_twenty_kills_of_two_hundred_videos(tmp_path, monkeypatch):
   seed = random.SystemRandom().randrange(2**32)
   killed = tiny_run.config_file(_config(tmp_path / "videos", tmp_path / "killed"),
                                 tmp_path / "c.py")
-  record = _interrupt(killed, tmp_path / "killed", whole_run, 20, random.Random(seed))
+  record = _interrupt(killed, tmp_path / "killed", 20, random.Random(seed))
   assert _content(tmp_path / "killed") == _content(tmp_path / "whole")
   lines = [line for line in done.stdout.splitlines() if line.startswith("encode ")]
   progress = [line for line in lines if "| decode " in line][-1]
   report.finish({
     "benchmark": "encode_soak", "videos": 200, "usable": 200 - len(zoo.BAD),
     "seconds_undisturbed": round(whole_run, 1), "utilisation": progress,
-    "summary": [line for line in done.stdout.splitlines() if "| decode " not in line],
+    "summary": [line.replace(f"{tmp_path}/", "") for line in done.stdout.splitlines()
+                if "| decode " not in line],
     "rejected": collections.Counter(
       encode.kind(reason) for reason in _rejected(tmp_path / "whole").values()),
     "kills": len(record), "whole_shards_at_each_kill": record, "seed": seed,
