@@ -55,6 +55,8 @@ setuptools.setup(
     "eval": ["matplotlib>=3.8", "scikit-image>=0.24", "scipy>=1.13"],
     # Data sets on gs://.
     "gcs": ["gcsfs>=2024.2"],
+    # Preparing published sets with tensorflow_datasets; reading them needs neither.
+    "tfds": ["importlib_resources>=6", "tensorflow>=2.18"],
     # Published weights.
     "hf": ["huggingface_hub>=0.30"],
     # Peers to measure against.
