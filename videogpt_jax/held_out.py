@@ -22,12 +22,12 @@ class Loss:
 
   def __call__(self, params: Any) -> dict[str, float]:
     config, data = self._config, self._config.data
+    rows, batch_size = sharding.rows(self._mesh), config.train.batch_size
     batches = pipeline.to_device(
       pipeline.batches(
-        self._videos, frames=data.frames, interval=tuple(data.interval),
-        batch_size=config.train.batch_size, seed=config.seed,
-        host=jax.process_index(), hosts=jax.process_count()),
-      sharding.rows(self._mesh), prefetch=1)
+        self._videos, frames=data.frames, interval=tuple(data.interval), batch_size=batch_size,
+        seed=config.seed, rows=pipeline.local_rows(rows, batch_size)),
+      rows, prefetch=1, batch_size=batch_size)
     fetched = [
       jax.device_get(self._step(params, jnp.int32(i), next(batches).latents))
       for i in range(config.log.validation_batches)

@@ -235,13 +235,13 @@ def initial_params(path: str, recipe: step_lib.Recipe, wanted: Any) -> Any:
 
 def training_batches(run: Run, start: int) -> Generator[pipeline.Batch, None, None]:
   """Batches from step `start` on, already on the devices."""
-  data = run.config.data
+  data, batch_size = run.config.data, run.config.train.batch_size
+  rows = sharding.rows(run.mesh)
   host_batches = pipeline.batches(
-    run.source, frames=data.frames, interval=tuple(data.interval),
-    batch_size=run.config.train.batch_size, seed=run.config.seed, start_step=start,
-    workers=data.workers, prefetch=data.prefetch, host=jax.process_index(),
-    hosts=jax.process_count())
-  return pipeline.to_device(host_batches, sharding.rows(run.mesh), data.prefetch)
+    run.source, frames=data.frames, interval=tuple(data.interval), batch_size=batch_size,
+    seed=run.config.seed, start_step=start, workers=data.workers, prefetch=data.prefetch,
+    rows=pipeline.local_rows(rows, batch_size))
+  return pipeline.to_device(host_batches, rows, data.prefetch, batch_size)
 
 
 # At a cadence -----------------------------------------------------------------------------

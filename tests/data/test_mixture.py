@@ -132,7 +132,8 @@ def test_hosts_and_resumes_do_not_change_the_rows(hosts, start):
   sources = (Memory(1, [(2, 3)] * 5 + [(3, 2)] * 3), Memory(2, [(3, 2)] * 7))
   mixture = pipeline.Mixture(sources, (2.0, 1.0))
   whole = _take(start + 6, mixture, batch_size=8)[start:]
-  parts = [_take(6, mixture, batch_size=8, start_step=start, host=host, hosts=hosts)
+  parts = [_take(6, mixture, batch_size=8, start_step=start,
+                 rows=range(8)[host * 8 // hosts:(host + 1) * 8 // hosts])
            for host in range(hosts)]
   for step, batch in enumerate(whole):
     for leaf, pieces in zip(batch, zip(*(part[step] for part in parts), strict=True), strict=True):

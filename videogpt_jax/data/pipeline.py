@@ -10,7 +10,7 @@ processes, of hosts, or where a run was resumed.
 """
 
 import collections
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -284,14 +284,13 @@ class _Steps:
   buckets: tuple[_Bucket, ...]
   turns: turns.Turns
   batch_size: int
-  first_row: int
-  num_rows: int
+  rows: Sequence[int]
 
   def __call__(self, step: int) -> Batch:
     which, before = self.turns(step)
     bucket = self.buckets[which]
     latents, index, start, interval, data_set = [], [], [], [], []
-    for row in range(self.first_row, self.first_row + self.num_rows):
+    for row in self.rows:
       rows, position = bucket.row(before * self.batch_size + row)
       place = rows.record(position)
       begin, skip = rows.segment(position, int(rows.lengths[place]))
@@ -321,10 +320,9 @@ def batches(
   start_step: int = 0,
   workers: int = 0,
   prefetch: int = 2,
-  host: int = 0,
-  hosts: int = 1,
+  rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-  """Endless batches from `start_step` on: this host's contiguous rows of each global batch.
+  """Endless batches from `start_step` on: this host's rows of each global batch.
 
   Args:
     source: the records, or a mixture of data sets.
@@ -336,21 +334,16 @@ def batches(
     start_step: the step of the first batch.
     workers: processes that read ahead; 0 reads ahead in threads of this process.
     prefetch: batches kept ready, per worker.
-    host, hosts: this host's number and how many share the batch.
+    rows: this host's rows of the global batch, see `local_rows`; by default all.
 
   Raises:
-    InputError: no usable record, or rows that do not divide among the hosts.
+    InputError: no usable record.
   """
-  if batch_size < 1 or batch_size % hosts:
-    raise InputError(
-      f"a batch of {batch_size} rows does not divide among {hosts} hosts; "
-      "change train.batch_size"
-    )
   mixture = source if isinstance(source, Mixture) else Mixture((source,))
   found = _buckets(mixture, frames, interval, seed)
   order = turns.fair([bucket.share for bucket in found], (seed, _BUCKET))
-  num_rows = batch_size // hosts
-  read = _Steps(mixture.sources, found, order, batch_size, host * num_rows, num_rows)
+  read = _Steps(mixture.sources, found, order, batch_size,
+                range(batch_size) if rows is None else tuple(rows))
   steps = grain.MapDataset.range(_ENDLESS).map(read)[start_step:]
   options = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
   dataset = steps.to_iter_dataset(options)
@@ -374,17 +367,42 @@ def _start_worker(index: int, count: int) -> None:
   worker.obey_parent(signal.SIGTERM)  # the parent may still need a batch; grain stops its workers
 
 
+def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, ...]:
+  """The rows of the global batch that devices of this process hold, ascending.
+
+  Where a mesh splits samples (heads, sequence) over processes, several hold the same rows.
+
+  Args:
+    sharding: of the leading axis of a batch.
+    batch_size: B, rows of the global batch.
+
+  Raises:
+    InputError: the rows do not divide among the devices.
+  """
+  try:
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+  except ValueError as error:
+    raise InputError(
+      f"a batch of {batch_size} rows does not divide among the devices of {sharding}; "
+      "change train.batch_size or the mesh"
+    ) from error
+  everything = range(batch_size)
+  return tuple(sorted({row for index in held for row in everything[(index or (slice(None),))[0]]}))
+
+
 def to_device(
-  iterator: Iterator[Batch], sharding: jax.sharding.Sharding, prefetch: int = 2
+  iterator: Iterator[Batch], sharding: jax.sharding.Sharding, prefetch: int = 2,
+  batch_size: int | None = None,
 ) -> Generator[Batch, None, None]:
   """Puts batches on the devices ahead of time, in a thread, so that a step never waits for that.
 
   Closing it ends the iterator's workers too.
 
   Args:
-    iterator: host batches; every process passes its own rows.
+    iterator: host batches; every process passes its `local_rows`.
     sharding: of the leading axis of every leaf, over the devices of all processes.
     prefetch: batches on their way or there beyond the one in use.
+    batch_size: B, rows of the global batch; by default those that this process passes.
 
   Raises:
     InputError: the rows do not divide among the devices.
@@ -395,7 +413,7 @@ def to_device(
   def feed() -> None:
     try:
       while ahead.acquire() and not stop.is_set():
-        ready.put(_put(next(iterator), sharding))
+        ready.put(_put(next(iterator), sharding, batch_size))
     except StopIteration:
       ready.put(None)
     except BaseException as error:  # raised where the batch is asked for
@@ -417,16 +435,17 @@ def to_device(
       iterator.close()  # left to the garbage collector, shared memory of workers leaks
 
 
-def _put(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
-  def put(rows: Shaped[np.ndarray, "B ..."]) -> jax.Array:
-    shape = (len(rows) * jax.process_count(), *rows.shape[1:])
-    try:
-      sharding.shard_shape(shape)
-    except ValueError as error:
-      raise InputError(
-        f"a batch of {shape[0]} rows does not divide among the devices of {sharding}; "
-        "change train.batch_size or the mesh"
-      ) from error
-    return jax.make_array_from_process_local_data(sharding, rows, shape)
+def _put(batch: Batch, sharding: jax.sharding.Sharding, batch_size: int | None) -> Batch:
+  """The global batch, of which `batch` holds this process's rows."""
+  size = batch_size or len(batch.index)
+  rows = np.asarray(local_rows(sharding, size))
+  assert len(rows) == len(batch.index), "read by rows=local_rows(...)"
+
+  def put(held: Shaped[np.ndarray, "b ..."]) -> jax.Array:
+    def of_device(index: tuple[slice, ...]) -> np.ndarray:
+      begin, end, _ = index[0].indices(size)
+      return held[np.searchsorted(rows, begin):np.searchsorted(rows, end)]
+
+    return jax.make_array_from_callback((size, *held.shape[1:]), sharding, of_device)
 
   return Batch(*(put(leaf) for leaf in batch))
