@@ -1,6 +1,7 @@
 """Checkpoints against what can befall them: kills, damage, full disks, other devices."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import resource
@@ -13,6 +14,8 @@ import time
 
 from absl import logging
 from flax import struct
+from hypothesis import given
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +23,7 @@ import optax
 import pytest
 
 from videogpt_jax import checkpoint
+from videogpt_jax import retention
 from videogpt_jax.errors import InputError
 
 EXTRA = {"config": {"model": {"hidden_size": 8}, "codec": {"id": "pixels"}}, "fingerprint": "f1"}
@@ -44,7 +48,7 @@ def _state(step: int, width: int = 8) -> State:
 
 
 def _open(workdir: pathlib.Path, keep: int = 2) -> checkpoint.Checkpoints:
-  return checkpoint.Checkpoints(workdir, keep=keep, save_every=10)
+  return checkpoint.Checkpoints(workdir, keep=retention.Retention(keep), save_every=10)
 
 
 def _save(workdir: pathlib.Path, *steps: int, keep: int = 2) -> pathlib.Path:
@@ -196,6 +200,7 @@ _SAVER = """
 import sys, time
 import jax
 from videogpt_jax import checkpoint
+from videogpt_jax import retention
 
 workdir, moment = sys.argv[1:]
 write_checksums = checkpoint.Checkpoints._write_checksums
@@ -206,7 +211,7 @@ if moment == "before the rename":
       time.sleep(600)
   checkpoint.Checkpoints._write_checksums = hang_at_the_second
 state = lambda seed: {"x": jax.random.uniform(jax.random.key(seed), (8_000_000,))}
-checkpoints = checkpoint.Checkpoints(workdir, keep=1, save_every=1)
+checkpoints = checkpoint.Checkpoints(workdir, keep=retention.Retention(1), save_every=1)
 checkpoints.save(1, state(1), {"config": {}}, wait=True)
 checkpoints.save(2, state(2), {"config": {}})
 checkpoints.wait()
@@ -240,7 +245,7 @@ def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path, moment):
   left_behind = list(directory.glob("2.*"))
   assert left_behind
 
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, save_every=1)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=retention.Retention(1), save_every=1)
   step, state = checkpoints.restore({"x": jax.ShapeDtypeStruct((8_000_000,), jnp.float32)})
   assert step == 1
   np.testing.assert_array_equal(state["x"], jax.random.uniform(jax.random.key(1), (8_000_000,)))
@@ -304,10 +309,89 @@ def test_workdir_that_cannot_be_made(tmp_path):
     _open(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("numbers", [{"keep": 0, "save_every": 1}, {"keep": 1, "save_every": 0}])
+@pytest.mark.parametrize("numbers", [{"save_every": 0}, {"save_every": 1, "failures": -1}])
 def test_senseless_numbers_are_refused(tmp_path, numbers):
   with pytest.raises(InputError, match="at least 1"):
-    checkpoint.Checkpoints(tmp_path, **numbers)
+    checkpoint.Checkpoints(tmp_path, keep=retention.Retention(1), **numbers)
+
+
+def test_the_last_those_at_a_cadence_and_the_best_stay(tmp_path):
+  losses = {10: 0.5, 20: 0.1, 30: None, 40: 0.4, 50: 0.2, 60: 0.3, 70: 0.6}
+  keep = retention.Retention(last=1, every=30, best=2)
+  for steps in ((10, 20, 30, 40), (50, 60, 70)):  # losses are remembered by the checkpoints
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=keep, save_every=10)
+    for step in steps:
+      checkpoints.save(step, _state(step), {**EXTRA, "held_out": losses[step]}, wait=True)
+    checkpoints.close()
+  left = sorted(int(path.name) for path in checkpoints.directory.iterdir())
+  assert left == [20, 30, 50, 60, 70]
+  assert checkpoint.read_extra(checkpoints.directory / "50")["held_out"] == 0.2
+
+
+@given(losses=st.lists(st.none() | st.floats(0, 1), min_size=1, max_size=12),
+       last=st.integers(1, 4), every=st.integers(0, 5), best=st.integers(0, 3))
+def test_retention_keeps_what_it_says_and_no_more(losses, last, every, best):
+  numbered = [(3 * i, loss) for i, loss in enumerate(losses)]
+  kept = retention.Retention(last, every, best).stays(numbered)
+  stay = [x for x, wanted in zip(numbered, kept, strict=True) if wanted]
+  assert stay[-last:] == numbered[-last:]
+  measured = sorted(loss for _, loss in numbered if loss is not None)[:best]
+  assert sorted(loss for _, loss in stay if loss is not None)[:best] == measured
+  cadence = {step for step, _ in numbered if every and step % every == 0}
+  assert cadence <= {step for step, _ in stay}
+  assert len(stay) <= last + best + len(cadence)
+
+
+@pytest.mark.parametrize("numbers", [{"last": 0}, {"last": 1, "every": -1},
+                                     {"last": 1, "best": -1}])
+def test_senseless_retention_is_refused(numbers):
+  with pytest.raises(InputError, match="at least"):
+    retention.Retention(**numbers)
+
+
+@contextlib.contextmanager
+def _failing_storage(monkeypatch, times):
+  """The next `times` saves fail while they are being written."""
+  left, write = [times], checkpoint.Checkpoints._write_checksums
+
+  def fail(self):
+    if left[0]:
+      left[0] -= 1
+      raise OSError(errno.EIO, "Input/output error")
+    write(self)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "_write_checksums", fail)
+  yield
+
+
+def test_storage_that_fails_for_a_while_costs_the_checkpoints_of_that_while(tmp_path, monkeypatch,
+                                                                            caplog):
+  with _failing_storage(monkeypatch, times=2):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=retention.Retention(5), save_every=1,
+                                         failures=2)
+    for step in (1, 2, 3, 4):
+      checkpoints.save(step, _state(step), {**EXTRA, "at": step})
+      while checkpoints._manager.is_saving_in_progress():
+        time.sleep(0.01)
+      checkpoints.check()
+    assert checkpoints.latest_step() == 4
+    checkpoints.close()
+  assert caplog.text.count("could not be written") == 2 and "failure 2 of 2" in caplog.text
+  _assert_restores(tmp_path, 4)
+  assert sorted(p.name for p in checkpoints.directory.iterdir() if p.name.isdigit()) == ["3", "4"]
+
+
+@pytest.mark.parametrize(("failures", "saved"), [(2, True), (1, False)])
+def test_the_last_save_is_tried_again(tmp_path, monkeypatch, failures, saved):
+  with _failing_storage(monkeypatch, times=2):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=retention.Retention(1), save_every=1,
+                                         failures=failures, retry_seconds=0.01)
+    if saved:
+      checkpoints.save(7, _state(7), {**EXTRA, "at": 7}, wait=True)
+      _assert_restores(tmp_path, 7)
+    else:
+      with pytest.raises(InputError, match=r"step 7 could not be written .*Input/output error"):
+        checkpoints.save(7, _state(7), EXTRA, wait=True)
 
 
 def test_a_target_of_other_shapes_names_or_types_is_refused(tmp_path):
@@ -328,12 +412,13 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from videogpt_jax import checkpoint
+from videogpt_jax import retention
 
 assert jax.device_count() == 4
 make = lambda shape, names: jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
 before, after = make((4,), ("data",)), make((2, 2), ("data", "tensor"))
 x = jnp.arange(64.0).reshape(8, 8)
-checkpoints = checkpoint.Checkpoints(sys.argv[1], keep=1, save_every=1)
+checkpoints = checkpoint.Checkpoints(sys.argv[1], keep=retention.Retention(1), save_every=1)
 state = {"params": {"x": jax.device_put(x, NamedSharding(before, P("data")))}}
 checkpoints.save(1, state, {"config": {"a": 1}}, wait=True)
 wanted = NamedSharding(after, P("tensor", "data"))

@@ -24,6 +24,7 @@ from videogpt_jax import backbone
 from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
 from videogpt_jax import model
+from videogpt_jax import retention
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
@@ -110,6 +111,36 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(steps):
   assert (int(after.bad_steps), int(after.skipped)) == (0, 1)
   _assert_equal((after.params, after.ema, after.opt_state),
                 (states[3].params, states[3].ema, states[3].opt_state))
+
+
+def test_a_gradient_far_larger_than_usual_is_skipped(steps):
+  recipe, mesh, _, stored, states, metrics = steps
+  run = step_lib.compile_step(dataclasses.replace(recipe, spike=3.0), mesh)
+  norm = float(metrics[2]["grad_norm"])
+  # (updates so far, skipped of them, typical norm in gradient norms) -> whether it is taken
+  cases = {(200, 0, 0.34): True, (200, 0, 0.32): False, (40, 0, 0.1): True, (200, 150, 0.1): True,
+           (201, 101, 0.1): False}
+  for (seen, skipped, typical), taken in cases.items():
+    state = dataclasses.replace(states[2], step=np.int32(seen), skipped=np.int32(skipped),
+                                typical_norm=np.float32(typical * norm))
+    with sharding.use(mesh):
+      # The noise depends on the step, so the norm does too, a little.
+      after, measured = jax.device_get(run(_copy(state), stored[2]))
+    assert (int(after.bad_steps), int(after.skipped)) == (1 - taken, skipped + 1 - taken)
+    moved = any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (after.params, state.params)),
+                                               strict=True))
+    assert moved == taken
+    kept = seen - skipped
+    expected = state.typical_norm + taken * (
+      float(measured["grad_norm"]) - state.typical_norm) / min(kept + 1, 100)
+    np.testing.assert_allclose(after.typical_norm, expected, rtol=1e-5)
+
+
+def test_the_typical_norm_is_the_mean_at_first(steps):
+  *_, states, metrics = steps
+  norms = [float(m["grad_norm"]) for m in metrics]
+  np.testing.assert_allclose([float(s.typical_norm) for s in states[1:]],
+                             np.cumsum(norms) / np.arange(1, 7), rtol=1e-5)
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch(steps):
@@ -226,7 +257,7 @@ def test_muon_leaves_the_rest_to_adamw_with_nesterov_momentum(muon):
 
 def test_moments_lie_where_their_parameters_lie(muon):
   recipe, *_ = muon
-  mesh = AbstractMesh((1, 4, 1, 2), tuple(sharding.AXES))
+  mesh = AbstractMesh((1, 1, 4, 1, 2), tuple(sharding.AXES))
   for name in step_lib.OPTIMIZERS:
     optimizer = dataclasses.replace(recipe.optimizer, name=name)
     state = nn.meta.unbox(step_lib.state_shardings(
@@ -376,7 +407,7 @@ def _files(workdir):
 def _find_state(c, workdir):
   """What a run would start from, and its step."""
   source, _ = train.open_data(c)
-  checkpoints = checkpoint.Checkpoints(workdir, keep=2, save_every=3)
+  checkpoints = checkpoint.Checkpoints(workdir, keep=retention.Retention(2), save_every=3)
   try:
     recipe, mesh = config_lib.recipe(c), sharding.make_mesh(c.mesh)
     return train.find_state(c, recipe, mesh, checkpoints, source.fingerprint)
@@ -454,8 +485,9 @@ def poison(monkeypatch):
 def test_nan_losses_are_skipped_and_too_many_stop_the_run(tiny, tmp_path, poison, monkeypatch,
                                                           capsys):
   tiny.train.max_bad_steps, tiny.log.videos, tiny.log.every = 3, 0, 1
+  tiny.train.max_rollbacks = 0
   poison(2, 3, 7, 8, 9, 10)  # two in a row are borne, three are not
-  with pytest.raises(InputError, match=r"3 updates in a row.*last checkpoint is intact"):
+  with pytest.raises(InputError, match=r"3 updates in a row, up to step 9.*step 6.*is intact"):
     train.train(tiny, str(tmp_path))
   records = telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE)
   by_step = {r["step"]: r for r in records if "skipped" in r}
@@ -464,14 +496,54 @@ def test_nan_losses_are_skipped_and_too_many_stop_the_run(tiny, tmp_path, poison
   assert by_step[4]["loss"] is not None
   assert re.search(r"step 3/12 .*\| skipped 2 \|", capsys.readouterr().out)
   state = tiny_run.saved_state(tmp_path)
-  assert int(state["step"]) in (6, 9)
+  assert int(state["step"]) == 6  # none was saved at step 9, within the row
   assert all(np.isfinite(value).all() for value in state.values())
   monkeypatch.undo()
   assert train.train(tiny, str(tmp_path)) == 12  # and it goes on from there
 
 
+def test_a_row_of_skipped_updates_leads_back_to_the_last_good_checkpoint(
+  tiny, steps, tmp_path, poison, interrupt, monkeypatch, capsys
+):
+  """Its batches are passed over; the same happens in a run that is stopped on the way."""
+  recipe, mesh, step, *_ = steps
+  tiny.train.max_bad_steps, tiny.log.videos, tiny.checkpoint.keep = 2, 0, 9
+  poison(5, 7, 8, 9)
+  assert train.train(tiny, str(tmp_path / "a")) == 12
+  assert "going on from step 9 with the parameters of step 6" in capsys.readouterr().out
+  end = tiny_run.saved_state(tmp_path / "a")
+  assert (int(end["step"]), int(end["bad_steps"]), int(end["skipped"])) == (12, 0, 4)
+
+  opened = checkpoint.Checkpoints(tmp_path / "a", keep=retention.Retention(9), save_every=3)
+  shutil.rmtree(opened.directory / "12"), shutil.rmtree(opened.directory / "9")
+  opened.close()
+  opened = checkpoint.Checkpoints(tmp_path / "a", keep=retention.Retention(9), save_every=3)
+  number, state = opened.restore(step_lib.abstract_state(recipe, mesh))
+  opened.close()
+  assert number == 6
+  batches = pipeline.batches(train.open_data(tiny)[0], frames=4, interval=(1, 1), batch_size=8,
+                             seed=tiny.seed, start_step=9)
+  state = dataclasses.replace(state, step=jnp.int32(9))
+  with sharding.use(mesh):
+    for _ in range(3):
+      state, _ = step(state, next(batches).latents)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params),
+               traverse_util.unflatten_dict({tuple(k.split("/"))[1:]: v for k, v in end.items()
+                                             if k.startswith("params/")}))
+
+  interrupt(8)  # within the row: what was skipped is not saved
+  assert train.train(tiny, str(tmp_path / "b")) == 8
+  monkeypatch.undo()
+  assert int(tiny_run.saved_state(tmp_path / "b")["step"]) == 6
+  poison(5, 7, 8, 9)
+  assert train.train(tiny, str(tmp_path / "b")) == 12
+  theirs = tiny_run.saved_state(tmp_path / "b")
+  for name, value in end.items():
+    np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(tiny, tmp_path, finished):
-  tiny.train.steps, tiny.log.videos = 24, 0
+  tiny.train.steps, tiny.log.videos, tiny.checkpoint.failures = 24, 0, 0
   shutil.copytree(finished.workdir, tmp_path, dirs_exist_ok=True)
   shutil.rmtree(tmp_path / checkpoint.FOLDER / "24")
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -494,7 +566,7 @@ import sys
 import jax
 import numpy as np
 import tiny_run
-from videogpt_jax import checkpoint, config, sharding, step, train
+from videogpt_jax import checkpoint, config, retention, sharding, step, train
 from videogpt_jax.errors import InputError
 
 data, workdir, stored, out = sys.argv[1:]
@@ -507,7 +579,7 @@ except InputError as error:
   print(error)
 c.train.batch_size = 8
 recipe, mesh = config.recipe(c), sharding.make_mesh(c.mesh)
-checkpoints = checkpoint.Checkpoints(workdir, keep=2, save_every=1)
+checkpoints = checkpoint.Checkpoints(workdir, keep=retention.Retention(2), save_every=1)
 state = train.find_state(c, recipe, mesh, checkpoints, train.open_data(c)[0].fingerprint)
 with sharding.use(mesh):
   run, losses = step.compile_step(recipe, mesh), []
@@ -525,7 +597,7 @@ def test_eight_devices_compute_what_one_does(tiny, steps, tmp_path):
   """They go on from a checkpoint of one device, and one device reads theirs."""
   *_, stored, states, metrics = steps
   np.save(tmp_path / "stored.npy", np.stack(stored[:2]))
-  start = checkpoint.Checkpoints(tmp_path, keep=2, save_every=1)
+  start = checkpoint.Checkpoints(tmp_path, keep=retention.Retention(2), save_every=1)
   start.save(0, states[0], {"config": tiny.to_dict(), "fingerprint":
                             train.open_data(tiny)[0].fingerprint})
   start.close()
@@ -549,7 +621,7 @@ def test_eight_devices_compute_what_one_does(tiny, steps, tmp_path):
                                                       (6, 1, False)])
 def test_every_microbatch_divides_among_the_devices(tiny, batch, parts, fits):
   tiny.train.batch_size, tiny.train.accumulation = batch, parts
-  mesh = AbstractMesh((4, 2, 1, 1), sharding.AXES)
+  mesh = AbstractMesh((2, 2, 2, 1, 1), sharding.AXES)
   if fits:
     train.check_devices(tiny, mesh)
   else:
@@ -561,4 +633,4 @@ def test_every_microbatch_divides_among_the_devices(tiny, batch, parts, fits):
 def test_a_kernel_without_its_device_is_refused(tiny, name, why):
   tiny.model.attention = name
   with pytest.raises(InputError, match=rf"config\.model\.attention is '{name}'.*{why}.*use 'auto'"):
-    train.check_devices(tiny, AbstractMesh((1, 1, 1, 1), sharding.AXES))
+    train.check_devices(tiny, AbstractMesh((1, 1, 1, 1, 1), sharding.AXES))

@@ -93,7 +93,7 @@ def finished(folder, data):
 
 def saved_state(workdir):
   """Every array of the newest checkpoint, by its path in the train state."""
-  names = ("step", "params", "ema", "opt_state", "bad_steps", "skipped")
+  names = ("step", "params", "ema", "opt_state", "bad_steps", "skipped", "typical_norm")
   tree = {name: checkpoint.load_params(workdir, name)[0] for name in names}
   return traverse_util.flatten_dict(tree, sep="/")
 

@@ -13,6 +13,7 @@ import json
 import logging as std_logging
 import pathlib
 import shutil
+import time
 from typing import Any, Literal, NamedTuple
 import zlib
 
@@ -25,6 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from videogpt_jax import backbone
+from videogpt_jax import distributed
+from videogpt_jax import retention
 from videogpt_jax.errors import InputError
 
 PyTree = Any
@@ -32,6 +35,7 @@ PyTree = Any
 FOLDER = "checkpoints"
 STATE = "state"
 EXTRA = "extra"
+HELD_OUT = "held_out"  # in EXTRA: the held-out loss at the step, if it was measured
 _CHECKSUMS = "checksums.json"
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _DAMAGED = "damaged-"
@@ -48,30 +52,41 @@ class Checkpoints:
   damaged, a warning says why, it is renamed to `damaged-STEP` and the one before counts as
   the newest. All processes of a multi-host run make the same calls in the same order.
 
+  Args:
+    workdir: of the run.
+    keep: which of the finished ones stay.
+    save_every: steps between two.
+    failures: saves in a row that may fail, with a warning, before the run ends. The state is
+      not lost by one: the next save has all of it.
+    retry_seconds: wait before a save that `wait`s is tried again, doubled every time.
+
   Raises:
     InputError: the folder cannot be made, or it holds checkpoints and none is whole
       (so that a run never starts from scratch over a run that was).
   """
 
-  def __init__(self, workdir: str | pathlib.Path, *, keep: int, save_every: int):
-    if keep < 1 or save_every < 1:
-      raise InputError(
-        f"checkpoint.keep ({keep}) and checkpoint.every ({save_every}) must be at least 1"
-      )
+  def __init__(self, workdir: str | pathlib.Path, *, keep: retention.Retention, save_every: int,
+               failures: int = 0, retry_seconds: float = 5.0):
+    if save_every < 1 or failures < 0:
+      raise InputError(f"checkpoint.every ({save_every}) must be at least 1, checkpoint.failures "
+                       f"({failures}) at least 0")
     self.directory = pathlib.Path(workdir).absolute() / FOLDER
     self._save_every = save_every
+    self._failures, self._failed, self._retry_seconds = failures, 0, retry_seconds
     self._saving: int | None = None
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
-      self._latest = _set_aside_damaged(self.directory)
+      self._latest = distributed.from_first(lambda: _set_aside_damaged(self.directory))
+      self._losses = {step: read_extra(self.directory / str(step)).get(HELD_OUT)
+                      for step in _steps(self.directory)}
       self._manager = self._open_manager(keep)
     except OSError as error:
       raise InputError(f"cannot write checkpoints to {self.directory}: {error}") from error
 
-  def _open_manager(self, keep: int) -> ocp.CheckpointManager:
+  def _open_manager(self, keep: retention.Retention) -> ocp.CheckpointManager:
     quiet_orbax()
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
+      preservation_policy=retention.Policy(keep, self._losses),
       cleanup_tmp_directories=True,
       lightweight_initialize=True,
       async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
@@ -104,17 +119,28 @@ class Checkpoints:
     Args:
       step: number of finished steps.
       state: any pytree of arrays that `flax.serialization` turns into nested dicts.
-      extra: JSON-able; `config` and `fingerprint` are what `compare` looks at.
+      extra: JSON-able; `config` and `fingerprint` are what `compare` looks at, `held_out` is
+        the loss by which the best checkpoints are found.
       wait: return only when the checkpoint is whole on disk.
 
     Raises:
       InputError: this save, or the one before it, could not be written (disk full, no
-        permission). Older checkpoints stay whole.
+        permission), and so many before it that no more failures are allowed. Older checkpoints
+        stay whole.
     """
     self.wait()
-    if step == self._latest:
-      return
-    self._saving = step
+    seconds = self._retry_seconds
+    while step != self._latest:
+      self._begin(step, state, extra)
+      if not wait:
+        return
+      self.wait()
+      if step != self._latest:
+        time.sleep(seconds)
+        seconds *= 2
+
+  def _begin(self, step: int, state: PyTree, extra: Mapping[str, Any]) -> None:
+    self._saving, self._losses[step] = step, extra.get(HELD_OUT)
     tree = serialization.to_state_dict(state)
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     args = ocp.args.Composite(
@@ -125,20 +151,18 @@ class Checkpoints:
     )
     with self._write_errors():
       self._manager.save(step, args=args, force=True)
-    if wait:
-      self.wait()
 
   def check(self) -> None:
-    """Raises the `InputError` of a background save that failed; never waits."""
+    """Notices a background save that failed, as `wait` does; never waits."""
     if self._saving is not None and not self._manager.is_saving_in_progress():
       self.wait()
 
   def wait(self) -> None:
-    """Waits until a save under way is whole on disk. Raises `InputError` if it failed."""
+    """Waits until a save under way is whole on disk. Raises `InputError` as `save` does."""
     with self._write_errors():
       self._manager.wait_until_finished()
     if self._saving is not None:
-      self._latest, self._saving = self._saving, None
+      self._latest, self._saving, self._failed = self._saving, None, 0
 
   def close(self) -> None:
     """Waits for a save under way and frees threads. Raises `InputError` as `wait` does."""
@@ -189,7 +213,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _write_errors(self) -> Iterator[None]:
-    """Turns failures to write into one clear `InputError`; anything else passes through."""
+    """Counts failures to write, the last one allowed is an `InputError`; others pass through."""
     try:
       yield
     except (OSError, ValueError) as error:
@@ -197,11 +221,14 @@ class Checkpoints:
       if not reason:
         raise
       failed, self._saving = self._saving, None
+      self._failed += 1
       last = "there is no older one" if self._latest is None else f"step {self._latest} is whole"
-      raise InputError(
-        f"the checkpoint of step {failed} could not be written to {self.directory} ({last}): "
-        f"{reason}; free some space or mend the folder, then run the same command again"
-      ) from error
+      message = (f"the checkpoint of step {failed} could not be written to {self.directory} "
+                 f"({last}): {reason}; free some space or mend the folder")
+      if self._failed > self._failures:
+        raise InputError(f"{message}, then run the same command again") from error
+      logging.warning("%s; failure %d of %d that are allowed in a row", message, self._failed,
+                      self._failures)
 
 
 def compare(now: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
@@ -365,10 +392,9 @@ def _set_aside_damaged(directory: pathlib.Path) -> int | None:
     logging.warning(
       "the checkpoint of step %d is damaged (%s); going back to step %d", step, reason, latest
     )
-    if jax.process_index() == 0:
-      aside = directory / f"{_DAMAGED}{step}"
-      shutil.rmtree(aside, ignore_errors=True)
-      (directory / str(step)).rename(aside)
+    aside = directory / f"{_DAMAGED}{step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    (directory / str(step)).rename(aside)
   return latest
 
 

@@ -154,7 +154,9 @@ def _train() -> ConfigDict:
   c.batch_size = 16  # global
   c.accumulation = 1  # microbatches a step
   c.ema_decay = 0.999
-  c.max_bad_steps = 10  # stop after so many non-finite updates in a row
+  c.spike = 0.0  # skip updates whose gradients have so many times their typical norm; 0: never
+  c.max_bad_steps = 10  # so many updates skipped in a row lead back to the last good checkpoint
+  c.max_rollbacks = 3  # without a good checkpoint between them; then training stops
   return c
 
 
@@ -176,6 +178,7 @@ def _optimizer() -> ConfigDict:
 def _mesh() -> ConfigDict:
   """Devices along each axis; -1 takes what is left."""
   c = ConfigDict()
+  c.slice = 1  # parts with a slower network between them (slices of a multi-slice TPU job)
   c.data = -1
   c.fsdp = 1
   c.sequence = 1
@@ -187,7 +190,10 @@ def _checkpoint() -> ConfigDict:
   """What is kept, and what to start from."""
   c = ConfigDict()
   c.every = 500  # steps
-  c.keep = 2
+  c.keep = 2  # the last ones
+  c.keep_every = 0  # those at multiples of so many steps, for ever; 0: none
+  c.keep_best = 0  # those with the lowest held-out losses; see log.validate_every
+  c.failures = 3  # saves in a row that storage may refuse before training stops
   c.init_from = ""  # workdir or exported weights to start from (not to resume)
   return c
 
@@ -237,7 +243,9 @@ def validate(config: ConfigDict) -> None:
               "log.validation_batches", "log.videos_every", "sample.history",
               "sample.clip_frames")
   not_negative = ("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.cooldown_steps",
-                  "optimizer.weight_decay", "data.workers", "log.videos", "sample.window")
+                  "optimizer.weight_decay", "data.workers", "log.videos", "sample.window",
+                  "train.max_rollbacks", "checkpoint.keep_every", "checkpoint.keep_best",
+                  "checkpoint.failures")
   for names, fits, wanted in ((positive, lambda x: x > 0, "positive"),
                               (not_negative, lambda x: x >= 0, "at least 0")):
     for name in names:
@@ -251,6 +259,8 @@ def validate(config: ConfigDict) -> None:
   if config.train.batch_size % config.train.accumulation:
     raise InputError(f"config.train.batch_size {config.train.batch_size} does not divide into "
                      f"config.train.accumulation {config.train.accumulation} microbatches")
+  if config.train.spike and config.train.spike <= 1:
+    raise InputError(f"config.train.spike must be 0 or more than 1, got {config.train.spike}")
   if not 0 <= config.train.ema_decay < 1:
     raise InputError(f"config.train.ema_decay must be in [0, 1), got {config.train.ema_decay}")
 
@@ -428,7 +438,7 @@ def recipe(config: ConfigDict) -> step_lib.Recipe:
       weight_decay=o.weight_decay, clip_norm=o.clip_norm)
   return step_lib.Recipe(
       model=model(config), codec=codec(config), objective=objective(config), optimizer=optimizer,
-      posterior=config.data.posterior, ema_decay=config.train.ema_decay,
+      posterior=config.data.posterior, ema_decay=config.train.ema_decay, spike=config.train.spike,
       accumulation=config.train.accumulation, seed=config.seed)
 
 

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from videogpt_jax import cli
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
+from videogpt_jax import distributed
 from videogpt_jax import machine
 from videogpt_jax import transcode
 from videogpt_jax.data import clips
@@ -237,13 +238,10 @@ def _process_of_cluster() -> tuple[int, int]:
   Raises:
     InputError: the environment names no cluster, or the others do not come.
   """
-  try:
-    jax.distributed.initialize()
-    process = jax.process_index(), jax.process_count()
-    # From here on nobody waits for another: who is done goes, and who dies takes nobody along.
-    jax.distributed.shutdown()
-  except (RuntimeError, ValueError) as error:
-    raise InputError(f"--distributed: {error}; or share the work by --shard=I/N") from error
+  distributed.initialize()
+  process = jax.process_index(), jax.process_count()
+  # From here on nobody waits for another: who is done goes, and who dies takes nobody along.
+  jax.distributed.shutdown()
   return process
 
 

@@ -9,6 +9,7 @@ from ml_collections import config_flags
 
 from videogpt_jax import cli
 from videogpt_jax import config as config_lib
+from videogpt_jax import distributed
 from videogpt_jax import dry_run
 from videogpt_jax import machine
 from videogpt_jax.errors import InputError
@@ -17,6 +18,13 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.",
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, videos.")
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Show the resolved configuration, parameters, FLOPs and memory; train nothing.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "One of several processes, as the environment says (TPU pods, SLURM, "
+  "Kubernetes). Every process runs the same command.")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", "", "Where the environment says nothing: HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this one, from 0.")
 
 
 def main() -> None:
@@ -27,6 +35,9 @@ def main() -> None:
   config_lib.validate(config)
   if config.cpu_devices:
     machine.split_cpu(config.cpu_devices)
+  if _DISTRIBUTED.value or _COORDINATOR.value:
+    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    distributed.print_once()
   machine.use_platform(config.platform)
   if _DRY_RUN.value:
     print(dry_run.report(config))

@@ -39,11 +39,13 @@ def paper() -> ConfigDict:
   c.data.workers = 8
   c.train.batch_size = 320
   c.train.ema_decay = 0.9999
+  c.train.spike = 10.0  # ours
   c.optimizer.learning_rate = 1e-4
   c.optimizer.warmup_steps = 1000  # 320,000 scheduler steps over 320 processes
   c.optimizer.eps = 1e-5
   c.mesh.data = 1
   c.mesh.fsdp = -1
+  c.checkpoint.keep_best = 1
   c.log.validate_every = 1000
   c.log.videos_every = 5000
   c.sample.history = 8

@@ -17,13 +17,15 @@ from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import numpy as np
 
 from videogpt_jax.errors import InputError
 
 Item = TypeVar("Item")
 
-AXES = ("data", "fsdp", "sequence", "tensor")
-BATCH_AXES = ("data", "fsdp")
+# `slice`: parts of the machine with a slower network between them, over which only gradients go.
+AXES = ("slice", "data", "fsdp", "sequence", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp")
 HEAD_AXES = ("tensor", "sequence")  # of heads while attending; see `videogpt_jax.attention`
 
 # Logical axis -> mesh axes; an axis that is not here, or None, is not split.
@@ -38,13 +40,18 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh of `devices`, by default all; at most one size may be -1 and takes what is left.
+  """A mesh of `devices`, by default all.
+
+  Args:
+    sizes: of the axes; one that is not named is 1, at most one may be -1 and takes what is left.
+    devices: in any order; those of a pod are placed by where they lie in its network.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes do not multiply to the number of devices, or `slice` is not the number
+      of slices that they lie in.
   """
   devices = jax.devices() if devices is None else devices
-  shape = [int(sizes[axis]) for axis in AXES]
+  shape = [int(sizes.get(axis, 1)) for axis in AXES]
   known = math.prod(size for size in shape if size != -1)
   if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
     raise InputError(f"mesh sizes must be positive, one of them may be -1; got {dict(sizes)}")
@@ -55,7 +62,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       f"{math.prod(shape)} devices, there are {len(devices)}"
     )
   # A slice of a pod is a torus of two or three axes: one of them may serve several of ours.
-  placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  split: Any = {"allow_split_physical_axes": True}
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    placed = mesh_utils.create_device_mesh(shape, devices, **split)
+  elif shape[0] == slices:
+    apart = [slices] + [1] * (len(AXES) - 1)
+    placed = mesh_utils.create_hybrid_device_mesh([1, *shape[1:]], apart, devices, **split)
+  else:
+    raise InputError(f"the devices lie in {slices} slices; set config.mesh.slice={slices}")
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -63,6 +78,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 def use(mesh: Mesh):
   """Traces what runs inside for `mesh`, with the table above."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield
+
+
+@contextlib.contextmanager
+def unused():
+  """For code inside of `use` that brings meshes of its own, such as orbax."""
+  with jax.set_mesh(Mesh(np.empty((), dtype=object), ())):
     yield
 
 
@@ -90,8 +112,7 @@ def prediction_mesh(
   devices = jax.devices() if devices is None else devices
   data = math.gcd(samples, len(devices))
   tensor = math.gcd(len(devices) // data, math.gcd(heads, kv_heads))
-  sizes = {"data": data, "fsdp": 1, "sequence": 1, "tensor": tensor}
-  return make_mesh(sizes, devices[:data * tensor])
+  return make_mesh({"data": data, "tensor": tensor}, devices[:data * tensor])
 
 
 def size(*axes: str) -> int:

@@ -34,6 +34,7 @@ Metrics = dict[str, Array]
 OPTIMIZERS = ("adamw", "muon")
 # The mean; one draw for both copies of a frame; one draw for each (as published).
 POSTERIORS = ("mean", "sample", "separate")
+_SPIKE_WARMUP = 100  # updates before any is taken for a spike, and over which norms are averaged
 _POSTERIOR_STREAM = 1 << 20  # of a row's key: noise of the posterior is independent of the rest
 
 
@@ -101,7 +102,8 @@ class TrainState:
   """Everything that a step changes.
 
   `step` counts batches seen and is the data position. `bad_steps` counts updates skipped
-  in a row because loss or gradients were not finite, `skipped` all of them.
+  in a row because loss or gradients were not finite or spiked, `skipped` all of them.
+  `typical_norm` follows the norms of the gradients that were not skipped.
   """
 
   step: Int[Array, ""]
@@ -110,13 +112,15 @@ class TrainState:
   opt_state: Any
   bad_steps: Int[Array, ""]
   skipped: Int[Array, ""]
+  typical_norm: Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
   """What a train step needs to know, all of it static.
 
-  `posterior` says what becomes of stored moments: see `POSTERIORS`.
+  `posterior` says what becomes of stored moments: see `POSTERIORS`. An update whose gradients
+  have more than `spike` times their typical norm is skipped; 0: none is for its norm.
   """
 
   model: model.Config
@@ -125,6 +129,7 @@ class Recipe:
   optimizer: OptimizerConfig
   posterior: str = "mean"
   ema_decay: float = 0.999
+  spike: float = 0.0
   accumulation: int = 1
   seed: int = 0
 
@@ -143,6 +148,7 @@ def _state_of(recipe: Recipe, params: Any) -> TrainState:
     opt_state=make_optimizer(recipe.optimizer).init(nn.meta.unbox(params)),
     bad_steps=zero,
     skipped=zero,
+    typical_norm=jnp.zeros((), jnp.float32),
   )
 
 
@@ -264,13 +270,16 @@ def gradients(recipe: Recipe, params: Any, rng: Array, stored: Array) -> tuple[A
 def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainState, Metrics]:
   """One update from stored latents [B, N, h, w, C].
 
-  An update with a non-finite loss or gradient is skipped: parameters, EMA and optimizer
-  stay as they are, and the skip is counted.
+  An update with a non-finite loss or gradient, or with a gradient far larger than usual, is
+  skipped: parameters, EMA and optimizer stay as they are, and the skip is counted.
   """
   rng = objective_lib.row_keys(recipe.seed, state.step, stored.shape[0])
   grads, metrics = gradients(recipe, state.params, rng, stored)
   norm = optax.tree.norm(grads)
-  finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss_sum"])
+  good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss_sum"])
+  kept = state.step - state.skipped  # updates so far
+  if recipe.spike:
+    good &= (kept < _SPIKE_WARMUP) | (norm <= recipe.spike * state.typical_norm)
 
   updates, opt_state = make_optimizer(recipe.optimizer).update(
     grads, state.opt_state, state.params
@@ -280,15 +289,19 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   decay = jnp.minimum(recipe.ema_decay, (1 + count) / (10 + count))  # follows fast at first
   ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
 
-  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-  bad = jnp.where(finite, 0, state.bad_steps + 1)
+  pace = jnp.maximum(1 / (kept + 1), 1 / _SPIKE_WARMUP)  # a mean, later one that follows
+  typical = state.typical_norm + pace * (norm - state.typical_norm)
+
+  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+  bad = jnp.where(good, 0, state.bad_steps + 1)
   state = TrainState(
     step=state.step + 1,
     params=keep(params, state.params),
     ema=keep(ema, state.ema),
     opt_state=keep(opt_state, state.opt_state),
     bad_steps=bad,
-    skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+    skipped=state.skipped + (1 - good.astype(jnp.int32)),
+    typical_norm=keep(typical, state.typical_norm),
   )
   metrics |= {"grad_norm": norm, "bad_steps": bad, "skipped": state.skipped}
   return state, metrics

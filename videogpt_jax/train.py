@@ -6,10 +6,9 @@ fetched; and at their cadence a log line, the held-out loss, rolled-out videos, 
 checkpoint. The data position is the step, so a resumed run continues bit for bit.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 import contextlib
 import dataclasses
-import threading
 import time
 from typing import Any
 
@@ -21,12 +20,14 @@ import numpy as np
 
 from videogpt_jax import attention
 from videogpt_jax import checkpoint
-from videogpt_jax import cli
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
+from videogpt_jax import distributed
 from videogpt_jax import flops
 from videogpt_jax import held_out
 from videogpt_jax import machine
+from videogpt_jax import recovery
+from videogpt_jax import retention
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
@@ -48,10 +49,13 @@ class Run:
   source: pipeline.Mixture
   validation: pipeline.Mixture
   writer: telemetry.Writer
+  held_out: tuple[int, float] = (-1, 0.0)  # the last held-out loss, and the step it is of
 
-  def extra(self) -> dict[str, Any]:
-    """What is saved beside the state."""
-    return {"config": self.config.to_dict(), "fingerprint": self.source.fingerprint}
+  def extra(self, step: int) -> dict[str, Any]:
+    """What is saved beside the state of a step."""
+    measured, loss = self.held_out
+    return {"config": self.config.to_dict(), "fingerprint": self.source.fingerprint,
+            checkpoint.HELD_OUT: loss if measured == step else None}
 
 
 def train(config: ConfigDict, workdir: str) -> int:
@@ -66,26 +70,28 @@ def train(config: ConfigDict, workdir: str) -> int:
   recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
   check_devices(config, mesh)
   opened = checkpoint.Checkpoints(
-    workdir, keep=config.checkpoint.keep, save_every=config.checkpoint.every
-  )
+    workdir, save_every=config.checkpoint.every, failures=config.checkpoint.failures,
+    keep=retention.Retention(config.checkpoint.keep, config.checkpoint.keep_every,
+                             config.checkpoint.keep_best))
   with contextlib.closing(opened) as checkpoints:
     state = find_state(config, recipe, mesh, checkpoints, source.fingerprint)
     start = int(state.step)
     with contextlib.closing(telemetry.Writer(workdir, start + 1)) as writer:
       run = Run(config, workdir, recipe, mesh, source, validation, writer)
-      with sharding.use(mesh), cli.stop_signal() as stop:
+      with sharding.use(mesh), distributed.stopping() as stop:
         return _loop(run, state, start, checkpoints, stop)
 
 
 def _loop(run: Run, state: step_lib.TrainState, start: int,
-          checkpoints: checkpoint.Checkpoints, stop: threading.Event) -> int:
+          checkpoints: checkpoint.Checkpoints, stop: Callable[[int], bool]) -> int:
   steps = run.config.train.steps
   train_step = step_lib.compile_step(run.recipe, run.mesh)
   evaluators = (Validation(run), Videos(run))
   log = TrainLog(run, start)
-  done = start
+  recover = recovery.Recovery(run.recipe, run.mesh, checkpoints, run.config.train.max_rollbacks)
+  done, stopped = start, False
   with contextlib.closing(training_batches(run, start)) as batches:
-    while done < steps and not stop.is_set():
+    while done < steps and not (stopped := stop(done)):
       with log.waiting:
         batch = next(batches)
       state, metrics = train_step(state, batch.latents)
@@ -93,17 +99,21 @@ def _loop(run: Run, state: step_lib.TrainState, start: int,
       log.add(done, metrics)
       due = [evaluator for evaluator in evaluators if evaluator.due(done)]
       save = checkpoints.due(done) and done < steps
-      if due or save:  # they wait for the device anyway
-        log.catch_up()
+      if due or save or log.bad >= run.config.train.max_bad_steps:
+        log.catch_up()  # the first two wait for the device anyway
+      if log.bad >= run.config.train.max_bad_steps:
+        state = recover(state, log.bad)
+        log.bad = 0
       with log.progress.paused():
         for evaluator in due:
           evaluator(done, state.ema)
-        if save:
-          checkpoints.save(done, state, run.extra())
+        if save and not log.bad:
+          checkpoints.save(done, state, run.extra(done))
         checkpoints.check()
   log.catch_up()
-  checkpoints.save(done, state, run.extra(), wait=True)
-  if stop.is_set() and done < steps:
+  if not log.bad or done == steps:  # else what comes is found out anew from the last good one
+    checkpoints.save(done, state, run.extra(done), wait=True)
+  if stopped and done < steps:
     print(f"stopped by a signal after step {done}; the same command goes on from here", flush=True)
   return done
 
@@ -254,6 +264,7 @@ class TrainLog:
     self._run = run
     self._late: tuple[int, step_lib.Metrics] | None = None
     self._fetched: list[dict[str, np.ndarray]] = []
+    self.bad = 0  # updates skipped in a row, up to the last step fetched
     self._schedule = step_lib.learning_rate(run.recipe.optimizer)
     cost = _expected_cost(run)
     device = jax.devices()[0]
@@ -278,26 +289,18 @@ class TrainLog:
       self.waiting.take()
 
   def catch_up(self) -> None:
-    """Fetches the metrics that were left on the device; waits for their step.
-
-    Raises:
-      InputError: too many updates in a row were not finite.
-    """
+    """Fetches the metrics that were left on the device; waits for their step."""
     if self._late is None:
       return
     step, metrics = self._late
     self._late = None
     self._fetched.append(jax.device_get(metrics))
-    config, bad = self._run.config, int(self._fetched[-1]["bad_steps"])
-    if bad:
-      logging.warning("step %d: loss or gradient is not finite, update skipped (%d in a row)",
-                      step, bad)
+    config, self.bad = self._run.config, int(self._fetched[-1]["bad_steps"])
+    if self.bad:
+      logging.warning("step %d: update skipped (%d in a row), loss or gradient is not finite or "
+                      "far larger than usual", step, self.bad)
     if step % config.log.every == 0 or step == config.train.steps:
       self._write(step)
-    if bad >= config.train.max_bad_steps:
-      raise InputError(
-        f"{bad} updates in a row had a non-finite loss or gradient; the last checkpoint is "
-        "intact: lower config.optimizer.learning_rate or look at the data, then go on from it")
 
   def _write(self, step: int) -> None:
     """One line, TensorBoard and JSONL for the steps fetched since the last one."""
@@ -329,6 +332,7 @@ class Validation:
 
   def __call__(self, step: int, ema: Any) -> None:
     values = {f"validation/{name}": value for name, value in self._loss(ema).items()}
+    self._run.held_out = step, values["validation/loss"]
     self._run.writer.scalars(step, values)
     print(f"step {step} held-out loss {values['validation/loss']:.5f}", flush=True)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
+from videogpt_jax import distributed
 from videogpt_jax import folder as folder_lib
 from videogpt_jax import model as model_lib
 from videogpt_jax import rollout
@@ -141,7 +142,7 @@ class Weights:
       yield Clip(clip, self.codec.start_decode(jnp.asarray(clip))())
     before: Callable[[], Clip] | None = None
     for latents in clips:
-      started = self._start(jnp.asarray(latents)[:count], stop)
+      started = self._start(jnp.asarray(distributed.everywhere(latents))[:count], stop)
       if before is not None:
         yield before()
       before = started

@@ -1,0 +1,116 @@
+"""Several processes as one machine: how they find each other, and what they decide together.
+
+A run on a pod or a cluster is the same command in every process. `initialize` comes before
+anything else asks jax for devices; from then on jax's devices are those of all processes.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from videogpt_jax import cli
+from videogpt_jax.errors import InputError
+
+_CONNECT_S = 300  # until all processes must have come
+_MESSAGE_BYTES = 4096
+
+
+def initialize(coordinator: str = "", num_processes: int | None = None,
+               process_id: int | None = None) -> None:
+  """Joins the other processes.
+
+  Without arguments the environment says who they are: a TPU pod, SLURM, Kubernetes, Open MPI,
+  and whatever else `jax.distributed` knows.
+
+  Args:
+    coordinator: HOST:PORT of process 0, as all processes see it.
+    num_processes: how many there are.
+    process_id: this one's number, from 0.
+
+  Raises:
+    InputError: only some of the arguments are given, the environment names no cluster, or the
+      others do not come.
+  """
+  given = [coordinator or None, num_processes, process_id]
+  if any(x is not None for x in given) and None in given:
+    raise InputError("--coordinator, --num_processes and --process_id belong together: give all "
+                     "three, or --distributed alone, if the environment says them")
+  if num_processes is not None and not 0 <= (process_id or 0) < num_processes:
+    raise InputError(f"--process_id={process_id} is not between 0 and --num_processes="
+                     f"{num_processes} less one")
+  try:
+    jax.distributed.initialize(*given, initialization_timeout=_CONNECT_S,
+                               cluster_detection_method="deactivate" if coordinator else None)
+  except (RuntimeError, ValueError) as error:
+    raise InputError(f"--distributed: {error}; on a cluster that jax does not know, give "
+                     "--coordinator=HOST:PORT --num_processes=N --process_id=I") from error
+
+
+def print_once() -> None:
+  """From here on only process 0 prints to the standard output."""
+  if jax.process_index():
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for as long as the process lives
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+  """What `function` returns in process 0, alone to call it, for all processes.
+
+  Args:
+    function: returns something JSON-able and short.
+
+  Raises:
+    InputError: the function raised one, everywhere.
+  """
+  if jax.process_count() == 1:
+    return function()
+  said: dict[str, Any] = {}
+  if jax.process_index() == 0:
+    try:
+      said = {"value": function()}
+    except InputError as error:
+      said = {"error": str(error)[:_MESSAGE_BYTES // 4]}
+  text = json.dumps(said).encode().ljust(_MESSAGE_BYTES)
+  heard = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
+  said = json.loads(np.asarray(heard).tobytes())
+  if "error" in said:
+    raise InputError(said["error"])
+  return said["value"]
+
+
+def everywhere(x: jax.Array) -> jax.Array | np.ndarray:
+  """An array of which every process has all; numpy where it was spread over processes."""
+  if x.is_fully_addressable:
+    return x
+  return multihost_utils.process_allgather(x, tiled=True)
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[int], bool]]:
+  """Turns SIGTERM and Ctrl-C, in any process, into an end after the same step in all of them.
+
+  Yields a function that is to be called once before every step, with the number of finished
+  steps, and says whether to stop now.
+  """
+  if jax.process_count() == 1:
+    with cli.stop_signal() as event:
+      yield lambda step: event.is_set()
+    return
+
+  def interrupted(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGINT, previous)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  # Of SIGTERM jax's coordination service takes care: all agree on a step that none has begun.
+  previous = signal.signal(signal.SIGINT, interrupted)
+  try:
+    yield multihost_utils.reached_preemption_sync_point
+  finally:
+    signal.signal(signal.SIGINT, previous)

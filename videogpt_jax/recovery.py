@@ -1,0 +1,67 @@
+"""Going back to the last good checkpoint, when updates are skipped again and again.
+
+The batches seen since then are passed over: the step, which is the data position, goes on, and
+only parameters and optimizer are those of the checkpoint. So a run that is resumed later goes
+through the same steps once more and ends with the same bits.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from videogpt_jax import checkpoint
+from videogpt_jax import sharding
+from videogpt_jax import step as step_lib
+from videogpt_jax.errors import InputError
+
+
+class Recovery:
+  """Counts how often a run went back.
+
+  Args:
+    recipe: of the train step.
+    mesh: of its devices.
+    checkpoints: of the run; none may be saved while updates are being skipped.
+    most: returns to one and the same checkpoint that are allowed.
+  """
+
+  def __init__(self, recipe: step_lib.Recipe, mesh: jax.sharding.Mesh,
+               checkpoints: checkpoint.Checkpoints, most: int) -> None:
+    self._recipe, self._mesh = recipe, mesh
+    self._checkpoints, self._most = checkpoints, most
+    self._returns: dict[int, int] = {}
+
+  def __call__(self, state: step_lib.TrainState, skipped: int) -> step_lib.TrainState:
+    """The state at the same step with what the newest checkpoint holds.
+
+    Args:
+      state: after the skipped updates; its memory is freed.
+      skipped: how many were skipped in a row.
+
+    Raises:
+      InputError: there is no checkpoint, or going back to it has not helped.
+    """
+    step = int(state.step)
+    self._checkpoints.wait()
+    good = self._checkpoints.latest_step()
+    said = (f"{skipped} updates in a row, up to step {step}, were skipped: loss or gradient not "
+            "finite, or far larger than usual (config.train.spike)")
+    advice = "lower config.optimizer.learning_rate or look at the data, then go on from it"
+    if good is None:
+      raise InputError(f"{said}; there is no checkpoint yet to go back to: lower "
+                       "config.optimizer.learning_rate or look at the data")
+    self._returns[good] = self._returns.get(good, 0) + 1
+    if self._returns[good] > self._most:
+      raise InputError(f"{said}; {self._most} returns to the checkpoint of step {good} "
+                       f"(config.train.max_rollbacks) have not helped. It is intact: {advice}")
+    for leaf in jax.tree.leaves(state):
+      leaf.delete()
+    with sharding.unused():
+      restored = self._checkpoints.restore(step_lib.abstract_state(self._recipe, self._mesh))
+    assert restored is not None
+    print(f"{said}; going on from step {step} with the parameters of step {good}", flush=True)
+    kept = good - int(restored[1].skipped)
+    number = lambda value: jax.device_put(np.int32(value), sharding.replicated(self._mesh))
+    return dataclasses.replace(restored[1], step=number(step), bad_steps=number(0),
+                               skipped=number(step - kept))
