@@ -1,6 +1,7 @@
 """Partitions, blocks, tokens and positions."""
 
 import collections
+import itertools
 import math
 
 from hypothesis import given
@@ -17,20 +18,27 @@ from videogpt_jax import layout
 _CERTAIN = 1e-4  # a right law fails a chi-square test with this probability
 
 
-def _draw(frames, count):
+def _draw(frames, count, rows=None):
+  """Partitions of their own, or of batches of so many rows with one number of clips."""
   keys = jax.random.split(jax.random.key(3), count)
-  return np.asarray(jax.jit(jax.vmap(lambda k: layout.random_partition(k, frames)))(keys))
+  if not rows:
+    return np.asarray(jax.jit(jax.vmap(lambda k: layout.random_partition(k, frames)))(keys))
+  draw = jax.vmap(lambda k: layout.random_partitions_of_one_count(k, frames))
+  return np.asarray(jax.jit(draw)(keys.reshape(-1, rows)))
 
 
-def test_partition_starts_at_zero_and_steps_by_zero_or_one():
-  clip = _draw(7, 500)
+@pytest.mark.parametrize("rows", [None, 10])
+def test_partition_starts_at_zero_and_steps_by_zero_or_one(rows):
+  clip = _draw(7, 500, rows).reshape(500, 7)
   assert (clip[:, 0] == 0).all()
   assert set(np.unique(np.diff(clip, axis=1))) == {0, 1}
 
 
-def test_partition_has_the_stated_distribution():
+@pytest.mark.parametrize("row", [None, 0, 1])
+def test_partition_has_the_stated_distribution(row):
+  """Also of each row of a batch with one number of clips."""
   frames, count = 5, 40_000
-  clip = _draw(frames, count)
+  clip = _draw(frames, count) if row is None else _draw(frames, 2 * count, 2)[:, row]
   clips = clip[:, -1] + 1
   seen = np.bincount(clips, minlength=frames + 1)
   assert seen[:2].sum() == 0  # never one clip
@@ -42,6 +50,18 @@ def test_partition_has_the_stated_distribution():
     if possible > 1:
       assert stats.chisquare(list(cuts.values())).pvalue > _CERTAIN
 
+
+def test_partitions_of_one_count_share_it_and_nothing_else():
+  frames, batches = 5, 20_000
+  clip = _draw(frames, 2 * batches, 2)
+  assert (clip[:, 0, -1] == clip[:, 1, -1]).all()
+  for k in (3, 4):  # both cut anywhere, whatever the other does
+    number = {cuts: i for i, cuts in enumerate(itertools.combinations(range(frames - 1), k - 1))}
+    found = [[number[tuple(np.flatnonzero(np.diff(row)))] for row in pair]
+             for pair in clip[clip[:, 0, -1] == k - 1]]
+    table = np.zeros((len(number), len(number)))
+    np.add.at(table, tuple(np.transpose(found)), 1)
+    assert stats.chi2_contingency(table).pvalue > _CERTAIN
 
 
 def test_partition_of_one_frame_is_refused():

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from videogpt_jax import attention
 from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
+from videogpt_jax import layout
 from videogpt_jax import model as model_lib
 from videogpt_jax import objective as objective_lib
 from videogpt_jax import rollout
@@ -139,7 +140,8 @@ def _world() -> ConfigDict:
 def _clips() -> ConfigDict:
   """What a training sample is."""
   c = ConfigDict()
-  # random (the paper's), single (a frame a clip), fixed (clips.lengths), or continuation
+  # random (the paper's), one_count (the same, but K is drawn once for all samples of a step: the
+  # slowest keeps fewer waiting), single (a frame a clip), fixed (clips.lengths), or continuation
   # (the first sample.history frames are given, the rest is one clip)
   c.partition = "random"
   c.lengths = (1,)  # frames of each clip, partition "fixed"
@@ -313,9 +315,9 @@ def _validate_model(config: ConfigDict) -> None:
 
 
 def _validate_clips(config: ConfigDict) -> None:
-  _one_of(config, "clips.partition", ("random", "single", "fixed", "continuation"))
+  _one_of(config, "clips.partition", ("random", "one_count", "single", "fixed", "continuation"))
   frames, partition = config.data.frames, config.clips.partition
-  if partition == "random" and frames < 2:
+  if partition in ("random", "one_count") and frames < 2:
     raise InputError(f"config.data.frames {frames}: random partitions need at least 2 frames")
   if partition == "fixed" and sum(config.clips.lengths) != frames:
     raise InputError(f"config.clips.lengths {tuple(config.clips.lengths)} sum to "
@@ -424,6 +426,7 @@ def objective(config: ConfigDict) -> objective_lib.Objective:
     return objective_lib.fixed(tuple(clips.lengths), clips.beta)
   partition = {
       "random": objective_lib.random_partition,
+      "one_count": layout.random_partitions_of_one_count,
       "single": objective_lib.single_partition,
   }[clips.partition]
   return objective_lib.next_clip(partition, clips.beta)

@@ -75,8 +75,10 @@ def training(
 
   @jax.jit
   def count(keys: jax.Array) -> tuple[jax.Array, ...]:
-    nothing = jnp.zeros((_DRAWS, frames, 1, 1, 1))
-    _, blocks = objective(keys, nothing, nothing)
+    nothing = jnp.zeros((1, frames, 1, 1, 1))
+    # One by one: samples of a batch may have something in common.
+    drawn = jax.vmap(lambda key: objective(key[None], nothing, nothing)[1])(keys)
+    blocks = jax.tree.map(lambda x: x[:, 0], drawn)
     tokens = layout.tokens(blocks, patches)
     pairs = jax.lax.map(lambda row: mask.live_pairs(row)[0].astype(jnp.float32),
                         jax.tree.map(lambda x: x[:, None], mask.ranks(tokens)))

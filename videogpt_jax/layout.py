@@ -66,10 +66,33 @@ def random_partition(rng: PRNGKeyArray, frames: int) -> Int[Array, "N"]:
     rng: key of this sample.
     frames: N, at least 2.
   """
+  return _cut(rng, random_count(rng, frames), frames)
+
+
+def random_partitions_of_one_count(
+    rng: PRNGKeyArray, frames: int) -> Int[Array, "B N"]:
+  """Random partitions of several samples into as many clips each.
+
+  Every sample has the law of `random_partition`, but attention has about as much to do in all
+  of them: how much there is depends on K.
+
+  Args:
+    rng: one key per sample.
+    frames: N, at least 2.
+  """
+  clips = random_count(rng[0], frames)
+  return jax.vmap(lambda key: _cut(key, clips, frames))(rng)
+
+
+def random_count(rng: PRNGKeyArray, frames: int) -> Int[Array, ""]:
+  """K, uniform on {2..N}."""
   if frames < 2:
     raise ValueError(f"a random partition needs at least 2 frames, got {frames}")
-  rng_k, rng_cuts = jax.random.split(rng)
-  clips = jax.random.randint(rng_k, (), 2, frames + 1)
+  return jax.random.randint(jax.random.split(rng)[0], (), 2, frames + 1)
+
+
+def _cut(rng: PRNGKeyArray, clips: Int[Array, ""], frames: int) -> Int[Array, "N"]:
+  rng_cuts = jax.random.split(rng)[1]
   order = jax.random.permutation(rng_cuts, frames - 1)
   cuts = order < clips - 1  # a random subset of K - 1 gaps
   return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(cuts, dtype=jnp.int32)])

@@ -17,14 +17,14 @@ from videogpt_jax import layout
 
 Objective = Callable[[PRNGKeyArray, Float[Array, "B N h w C"], Float[Array, "B N h w C"]],
                      tuple[flow.Draw, layout.FrameBlocks]]
-Partition = Callable[[PRNGKeyArray, int], Int[Array, "N"]]
+Partition = Callable[[PRNGKeyArray, int], Int[Array, "B N"]]  # of one key a sample, and N
 
 
 def next_clip(partition: Partition, beta: float = 0.9, last_clip: int = 1) -> Objective:
   """Next clip diffusion: every clip is denoised, given the clips before it.
 
   Args:
-    partition: cuts N frames into clips, from one sample's key.
+    partition: cuts the N frames of every sample into clips.
     beta: least cleanness of the history, see `flow.draw`.
     last_clip: frames that the last clip of every partition has, at least; their clean copies,
       which nobody sees, are left out.
@@ -33,7 +33,7 @@ def next_clip(partition: Partition, beta: float = 0.9, last_clip: int = 1) -> Ob
   def draw(rng: PRNGKeyArray, latents: Array, clean: Array) -> tuple[flow.Draw, layout.FrameBlocks]:
     rng_clip, rng_noise = _split(rng)
     frames = latents.shape[1]
-    clip = jax.vmap(lambda key: partition(key, frames))(rng_clip)
+    clip = partition(rng_clip, frames)
     draw = flow.draw(rng_noise, clip, latents, clean[:, :-last_clip], beta)
     return draw, layout.training(clip, last_clip=last_clip)
 
@@ -57,20 +57,20 @@ def continuation(history: int, beta: float = 0.9) -> Objective:
   return draw
 
 
-def random_partition(rng: PRNGKeyArray, frames: int) -> Int[Array, "N"]:
-  """The paper's partition into 2..N random clips; see `layout.random_partition`."""
-  return layout.random_partition(rng, frames)
+def random_partition(rng: PRNGKeyArray, frames: int) -> Int[Array, "B N"]:
+  """The paper's partitions into 2..N random clips; see `layout.random_partition`."""
+  return jax.vmap(lambda key: layout.random_partition(key, frames))(rng)
 
 
-def single_partition(rng: PRNGKeyArray, frames: int) -> Int[Array, "N"]:
+def single_partition(rng: PRNGKeyArray, frames: int) -> Int[Array, "B N"]:
   """One frame a clip, the first stage of training."""
-  del rng  # there is nothing to draw
-  return layout.single_partition(frames)
+  return jnp.tile(layout.single_partition(frames), (len(rng), 1))
 
 
 def fixed(lengths: tuple[int, ...], beta: float = 0.9) -> Objective:
   """Next clip diffusion on clips of the given lengths, the same for every sample."""
-  return next_clip(lambda rng, frames: layout.fixed_partition(lengths), beta, lengths[-1])
+  partition = lambda rng, frames: jnp.tile(layout.fixed_partition(lengths), (len(rng), 1))
+  return next_clip(partition, beta, lengths[-1])
 
 
 def row_keys(seed: int, step: Int[Array, ""], rows: int) -> PRNGKeyArray:
