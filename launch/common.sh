@@ -34,9 +34,14 @@ no_control_characters() {
 }
 
 quoted() {  # a command as a shell reads it back
-  local text
-  text=$(printf '%q ' "$@")
-  printf '%s' "${text% }"
+  local word out='' escaped="'\\''"
+  for word in "$@"; do
+    if [[ ! $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
+      word="'${word//\'/"$escaped"}'"
+    fi
+    out+="${out:+ }$word"
+  done
+  printf '%s' "$out"
 }
 
 dry_run=0

@@ -27,7 +27,7 @@ on_stop() {  # status that the script ends with
   ask_to_stop
 }
 
-pause() {  # seconds; bash acts on a signal in `wait`, not in `sleep`
+nap() {  # seconds; bash acts on a signal in `wait`, not in `sleep`
   sleep "$1" 9>&- &
   wait "$!" || true
 }
@@ -54,7 +54,7 @@ wait_all() {
       end_all
     fi
     left=("${running[@]}")
-    pause 0.5
+    nap 0.5
   done
 }
 
@@ -94,7 +94,9 @@ supervise() {
     (( delay <= MAX_DELAY )) || delay=$MAX_DELAY
     say "crashed with status ${status} after $(( SECONDS - begun )) s; restart ${crashes} of at" \
       "most ${max_restarts} in ${delay} s"
-    pause "$delay"
+    for (( ; delay > 0 && ! stopping; --delay )); do
+      nap 1
+    done
     if (( stopping )); then
       say "stopped"
       return "$stop_status"
