@@ -1,6 +1,5 @@
 """launch/local.sh: a run on one machine, with a stand-in for the trainer."""
 
-import json
 import os
 import re
 import shlex
@@ -120,11 +119,10 @@ def test_counts_only_crashes_in_quick_succession(stand_ins, workdir):
 
 def test_waits_longer_before_every_restart(stand_ins, workdir):
   stand_ins.add("python", _TRAINER + "sys.exit(1)")
-  stand_ins.add("sleep")  # no time passes
-  result = stand_ins.run(_LOCAL, "--restart_delay=3", "--max_restarts=4", *_flags(workdir))
+  stand_ins.no_pauses()
+  result = stand_ins.run(_LOCAL, "--restart_delay=50", "--max_restarts=4", *_flags(workdir))
   assert result.returncode == 1
-  assert re.findall(r" in (\d+) s", result.stdout) == ["3", "6", "12", "24"]
-  assert sum(arguments == ["1"] for name, arguments, _ in stand_ins.calls()) == 45
+  assert re.findall(r" in (\d+) s", result.stdout) == ["50", "100", "200", "300"]
 
 
 def test_does_not_repeat_what_the_user_got_wrong(stand_ins, workdir):
@@ -210,7 +208,7 @@ def test_processes_share_the_gpus(stand_ins, workdir):
   stand_ins.add("python", _TRAINER)
   assert stand_ins.run(_LOCAL, "--processes=2", *_flags(workdir)).returncode == 0
   for i in range(2):
-    assert (workdir / f"starts-{i}").read_text().split()[-2:] == ["None", str(i)]
+    assert (workdir / f"starts-{i}").read_text().split()[-1] == str(i)
 
 
 def test_in_the_background(stand_ins, workdir):
@@ -303,10 +301,10 @@ def test_refuses_an_environment_that_is_not_there(stand_ins, workdir):
   lib.refused(stand_ins.run(_LOCAL, *_flags(workdir), VENV="no/env"), "no/env/bin/python", "VENV")
 
 
-def test_trains_and_resumes(stand_ins, tmp_path):
-  """The real trainer: killed, started again, stopped, resumed."""
+def test_trains_and_saves(stand_ins, tmp_path):
+  """The real trainer: killed, started again, stopped; its last step is saved."""
   c = tiny_run.config(tmp_path / "unused")
-  c.train.steps = 2000
+  c.train.steps = c.log.validate_every = c.log.videos_every = 100000
   config = tiny_run.config_file(c, tmp_path / "config.py")
   environment = {"VENV": sys.prefix}
   data = tmp_path / "data"
@@ -314,11 +312,6 @@ def test_trains_and_resumes(stand_ins, tmp_path):
                   f"--out={data}"], check=True, capture_output=True, cwd=lib.ROOT)
   run = tmp_path / "run"
   flags = ("--", f"--config={config}", f"--config.data.path={data}", f"--workdir={run}")
-
-  def last_step():
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
 
   process = _launch(stand_ins, *_QUICKLY, *flags, **environment)
   _wait_for(run / "logs" / "pids")
@@ -332,9 +325,6 @@ def test_trains_and_resumes(stand_ins, tmp_path):
   process.terminate()
   out, _ = process.communicate(timeout=60)
   assert process.returncode == 143 and "stopped by a signal after step" in out, out
-  done = last_step()
-  assert 0 < done < 2000
-  flags = (*flags, f"--config.train.steps={done + 5}")
-  result = stand_ins.run(_LOCAL, *_QUICKLY, *flags, **environment)
-  assert result.returncode == 0, result.stdout
-  assert f"{done + 5} steps of {done + 5} done" in result.stdout and "resuming" in result.stdout
+  done = int(re.search("stopped by a signal after step ([0-9]+)", out)[1])
+  assert done > 0
+  assert (run / "checkpoints" / str(done)).is_dir()
