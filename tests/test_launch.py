@@ -47,7 +47,8 @@ def test_scripts_are_sound_and_explain_themselves(script, stand_ins):
 def test_lines_fit():
   for path in _LAUNCH.iterdir():
     for line in path.read_text().splitlines():
-      assert len(line) <= 100 and line == line.rstrip(), (path, line)
+      table = path.suffix == ".md" and line.startswith("|")
+      assert (table or len(line) <= 100) and line == line.rstrip(), (path, line)
 
 
 # SLURM
