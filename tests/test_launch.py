@@ -1,8 +1,6 @@
-"""The scripts of launch/: what they run, with stand-ins for python, kubectl and scontrol."""
+"""The scripts of launch/ that encode: what they run, with stand-ins for what they call."""
 
-import json
 import os
-import pathlib
 import shlex
 import signal
 import subprocess
@@ -11,58 +9,18 @@ import time
 
 import pytest
 
+import stand_ins as lib
 import tiny_run
 from videogpt_jax.data import store
 
-_ROOT = pathlib.Path(__file__).parent.parent
-_LAUNCH = _ROOT / "launch"
+_LAUNCH = lib.LAUNCH
 _SLURM, _GKE = _LAUNCH / "encode_slurm.sh", _LAUNCH / "encode_gke.sh"
 _AWKWARD = ("--videos=/data/my videos/it's \"new\".csv", "--out=$(HOME) ${IMAGE} $$ `id` \\n & *",
             "--config.name=größer: #1, {a} [b]")
 
-# Writes down its arguments and its input; what it does then is up to the test.
-_STAND_IN = """#!{python}
-import json, os, signal, sys, time
-text = "" if sys.stdin.isatty() else sys.stdin.read()
-with open({calls!r}, "a") as file:
-  file.write(json.dumps([{name!r}, sys.argv[1:], text]) + "\\n")
-{action}
-"""
-
-
-class _StandIns:
-  """Executables that come first on the PATH, and what they were called with."""
-
-  def __init__(self, folder):
-    self.folder = folder / "bin"
-    self.folder.mkdir()
-    self._calls = folder / "calls.jsonl"
-
-  def add(self, name, action="", folder=None):
-    path = (folder or self.folder) / name
-    path.write_text(_STAND_IN.format(
-      python=sys.executable, calls=str(self._calls), name=name, action=action))
-    path.chmod(0o755)
-
-  def calls(self):
-    """[name, arguments, standard input] of each call."""
-    if not self._calls.exists():
-      return []
-    return [json.loads(line) for line in self._calls.read_text().splitlines()]
-
-  def environment(self, **variables):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k != "VENV"}
-    return {**kept, "PATH": f"{self.folder}:{os.environ['PATH']}", **variables}
-
-  def run(self, script, *arguments, **variables):
-    return subprocess.run(
-      ["bash", str(script), *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True,
-      text=True, timeout=300, check=False, cwd=_ROOT, env=self.environment(**variables))
-
-
 @pytest.fixture
 def stand_ins(tmp_path):
-  return _StandIns(tmp_path)
+  return lib.StandIns(tmp_path)
 
 
 def _array(task, first=0, last=63):
@@ -72,13 +30,6 @@ def _array(task, first=0, last=63):
     "SLURM_ARRAY_TASK_MIN": str(first), "SLURM_ARRAY_TASK_MAX": str(last),
     "SLURM_ARRAY_TASK_COUNT": str(last - first + 1), "SLURM_ARRAY_TASK_STEP": "1",
   }
-
-
-def _refused(result, *words):
-  assert result.returncode == 2, result.stderr
-  assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-  for word in words:
-    assert word in result.stderr
 
 
 @pytest.mark.parametrize("script", [_SLURM, _GKE], ids=lambda path: path.name)
@@ -96,7 +47,8 @@ def test_scripts_are_sound_and_explain_themselves(script, stand_ins):
 def test_lines_fit():
   for path in _LAUNCH.iterdir():
     for line in path.read_text().splitlines():
-      assert len(line) <= 100 and line == line.rstrip(), (path, line)
+      table = path.suffix == ".md" and line.startswith("|")
+      assert (table or len(line) <= 100) and line == line.rstrip(), (path, line)
 
 
 # SLURM
@@ -139,7 +91,7 @@ def test_slurm_takes_the_environment_it_is_told(stand_ins, tmp_path):
   stand_ins.add("python", folder=tmp_path / "my env" / "bin")
   arguments = ("--config", "c.py")  # absl takes a value also as an argument of its own
   assert stand_ins.run(_SLURM, *arguments, VENV=str(tmp_path / "my env")).returncode == 0
-  _refused(stand_ins.run(_SLURM, *arguments, VENV=str(tmp_path / "none")), "none/bin/python",
+  lib.refused(stand_ins.run(_SLURM, *arguments, VENV=str(tmp_path / "none")), "none/bin/python",
            "VENV")
 
 
@@ -160,12 +112,12 @@ def test_slurm_dry_run_shows_the_command(stand_ins):
 
 def test_slurm_refuses_what_cannot_work(stand_ins):
   stand_ins.add("python")
-  _refused(stand_ins.run(_SLURM, "--out=x", **_array(0)), "--config=")
-  _refused(stand_ins.run(_SLURM, "--dry_run"), "--config=")
-  _refused(stand_ins.run(_SLURM, "--config=c.py", "--shard=0/2", **_array(0)), "--shard")
-  _refused(stand_ins.run(_SLURM, "--config=c.py", "--distributed", **_array(0)), "--distributed")
+  lib.refused(stand_ins.run(_SLURM, "--out=x", **_array(0)), "--config=")
+  lib.refused(stand_ins.run(_SLURM, "--dry_run"), "--config=")
+  lib.refused(stand_ins.run(_SLURM, "--config=c.py", "--shard=0/2", **_array(0)), "--shard")
+  lib.refused(stand_ins.run(_SLURM, "--config=c.py", "--distributed", **_array(0)), "--distributed")
   gaps = {**_array(5, 1, 5), "SLURM_ARRAY_TASK_COUNT": "3"}
-  _refused(stand_ins.run(_SLURM, "--config=c.py", **gaps), "unbroken range")
+  lib.refused(stand_ins.run(_SLURM, "--config=c.py", **gaps), "unbroken range")
   assert not stand_ins.calls()
 
 
@@ -425,5 +377,5 @@ def test_watches_and_stops(stand_ins):
 ])
 def test_gke_refuses_what_cannot_work(stand_ins, arguments, word):
   stand_ins.add("kubectl")
-  _refused(stand_ins.run(_GKE, *arguments), word)
+  lib.refused(stand_ins.run(_GKE, *arguments), word)
   assert not stand_ins.calls()
