@@ -91,7 +91,7 @@ class Checkpoints:
       lightweight_initialize=True,
       async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
     )
-    return ocp.CheckpointManager(
+    return _Manager(
       self.directory,
       item_names=(STATE, EXTRA),
       item_handlers={
@@ -229,6 +229,18 @@ class Checkpoints:
         raise InputError(f"{message}, then run the same command again") from error
       logging.warning("%s; failure %d of %d that are allowed in a row", message, self._failed,
                       self._failures)
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which is told when to save and does not look out for preemptions itself.
+
+  At one it would subtract the times of two checkpoints, and fail (orbax 0.12) where one was read
+  from disk.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    """`distributed.stopping` sees to it."""
+    return False
 
 
 def compare(now: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
