@@ -58,6 +58,7 @@ shard() {
     echo 0/1
     return
   fi
+  # shellcheck disable=SC2153  # SLURM sets them
   local first=$SLURM_ARRAY_TASK_MIN last=$SLURM_ARRAY_TASK_MAX count=$SLURM_ARRAY_TASK_COUNT
   # In a list such as 1,2,5 nobody would do the parts between; every task says so.
   (( last - first + 1 == count )) ||

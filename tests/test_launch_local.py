@@ -28,7 +28,9 @@ starts = len((workdir / f"starts-{{process}}").read_text().splitlines())
 
 def stopped(number, frame):
   print("stopped by a signal after step 7; the same command goes on from here", flush=True)
-  (workdir / f"saved-{{process}}").write_text(signal.Signals(number).name)
+  with open(workdir / f"saved-{{process}}", "a") as file:
+    file.write(signal.Signals(number).name)
+  time.sleep(0.5)
   sys.exit(0)
 
 def train(seconds=60):
@@ -140,8 +142,11 @@ def test_a_signal_lets_the_run_save(stand_ins, workdir, number, status, processe
   stand_ins.add("python", _TRAINER + "train()")
   process = _launch(stand_ins, f"--processes={processes}", *_flags(workdir))
   _wait_for(*(workdir / f"trains-{i}" for i in range(processes)))
-  # As Ctrl-C in a terminal does, to the whole group: the trainer must get it but once.
+  # As Ctrl-C in a terminal does, to the whole group, and impatiently: the trainer must get it but
+  # once, since it gives up its save at the second.
   os.killpg(process.pid, number)
+  time.sleep(0.2)
+  process.send_signal(number)
   out, _ = process.communicate(timeout=30)
   assert process.returncode == status, out
   for i in range(processes):
