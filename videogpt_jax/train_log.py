@@ -181,21 +181,18 @@ class TrainLog:
     seconds = {name: spent[name] - self._line_before[name] for name in goodput.PHASES}
     speed = self._progress.update(step, self._timed, seconds)
     speed |= {f"{name}_s": seconds[name] for name in (goodput.CHECKPOINT, goodput.EVALUATION)}
-    speed["goodput"] = self._account.goodput()
+    totals = self._account.totals()
+    speed["goodput"] = goodput.share(totals)
     self._fetched.clear()
     self._timed, self._line_before = 0, spent
     self._account.record(step)
-    self._writer.scalars(step, {**values, **speed, **self._times()})
+    times = {f"time/{name}": value for name, value in totals.items()}
+    alive = sum(totals.values()) - totals[goodput.DOWN]
+    self._writer.scalars(step, {**values, **speed, **times, "train_seconds": alive})
     shown = {"loss": values["loss"], "gnorm": values["grad_norm"], "lr": values["learning_rate"]}
     if values["skipped"]:
       shown["skipped"] = values["skipped"]
     self._writer.say(self._progress.line(step, shown, speed))
-
-  def _times(self) -> dict[str, float]:
-    """Seconds since the first start of the run: by phase, and of all of its processes' lives."""
-    totals = self._account.totals()
-    alive = sum(totals.values()) - totals[goodput.DOWN]
-    return {f"time/{name}": value for name, value in totals.items()} | {"train_seconds": alive}
 
 
 def _progress(config: ConfigDict, recipe: step_lib.Recipe, source: pipeline.Mixture,

@@ -49,7 +49,7 @@ class Watchdog:
                leave: Callable[[int], object] = os._exit) -> None:
     self._folder = pathlib.Path(workdir) / FOLDER
     self._seconds, self._action, self._process = seconds, action, process
-    self._poll, self._leave = min(poll, seconds / 4), leave
+    self._poll, self._leave = min(poll, seconds / 8), leave
     self._mark = signal_file.SignalFile(self._folder / MARK)
     self._closed = threading.Event()
     self._beats = 0
@@ -57,6 +57,7 @@ class Watchdog:
     self.beat(COMPILATION)
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
     if seconds:
+      self._arm()
       self._thread.start()
 
   def beat(self, allowance: float = 1.0) -> None:
@@ -73,12 +74,15 @@ class Watchdog:
   def _watch(self) -> None:
     try:
       while not self._closed.wait(self._poll):
-        # Fires only if this thread is kept from setting it anew: nobody lets Python run.
-        faulthandler.dump_traceback_later(
-          self._seconds, exit=self._action == "abort", file=sys.__stderr__ or sys.stderr)
+        self._arm()
         self._look()
     finally:
       faulthandler.cancel_dump_traceback_later()
+
+  def _arm(self) -> None:
+    """Lets stacks be written by a thread that needs no Python, unless this is called again."""
+    faulthandler.dump_traceback_later(
+      self._seconds, exit=self._action == "abort", file=sys.__stderr__ or sys.stderr)
 
   def _look(self) -> None:
     beats = self._beats

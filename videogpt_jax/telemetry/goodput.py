@@ -37,6 +37,11 @@ PHASES = (START, COMPILE, STEP, DATA_WAIT, CHECKPOINT, EVALUATION, PROFILE, LOST
 Record = dict[str, Any]
 
 
+def share(totals: Mapping[str, float]) -> float:
+  """Share of the wall time, 0..1, that went into steps which count: the goodput."""
+  return totals[STEP] / max(sum(totals.values()), 1e-9)
+
+
 @dataclasses.dataclass
 class _Span:
   """Good time by step: `seconds` were spent on the steps after `first`, up to `last`."""
@@ -113,11 +118,6 @@ class Account:
     return {name: self._history.seconds[name] + spent[name] - self._recorded[name]
             for name in PHASES}
 
-  def goodput(self) -> float:
-    """Share of the wall time, 0..1, that went into steps which count."""
-    totals = self.totals()
-    return totals[STEP] / max(sum(totals.values()), 1e-9)
-
   def record(self, step: int, event: str = "") -> None:
     """Keeps the time since the last record, for `step` finished steps.
 
@@ -146,7 +146,7 @@ class Account:
     for name in PHASES:
       if totals[name] >= 0.0005:
         lines.append(f"  {name:<10} {totals[name]:>12.1f} s {100 * totals[name] / wall:>6.1f}%")
-    lines.append(f"  {'all':<10} {wall:>12.1f} s, goodput {100 * totals[STEP] / wall:.1f}%")
+    lines.append(f"  {'all':<10} {wall:>12.1f} s, goodput {100 * share(totals):.1f}%")
     return "\n".join(lines)
 
   def _switch(self, phase: str) -> str:
