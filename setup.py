@@ -59,6 +59,8 @@ setuptools.setup(
     "tfds": ["importlib_resources>=6", "tensorflow>=2.18"],
     # Published weights.
     "hf": ["huggingface_hub>=0.30"],
+    # Metrics shown on Weights & Biases.
+    "wandb": ["wandb>=0.18"],
     # Peers to measure against.
     "bench": ["diffusers>=0.33", "torch>=2.6"],
     # Compilers for TPU and CUDA on a machine that has neither, for `make aot`; ptxas is in nvcc.

@@ -1,9 +1,11 @@
 """Metrics, pictures, speed and memory of a run against independent readings of each."""
 
 import contextlib
+import inspect
 import io
 import json
 import pathlib
+import queue
 import re
 import resource
 import struct
@@ -21,6 +23,8 @@ from tensorboardX.proto import event_pb2
 from videogpt_jax import machine
 from videogpt_jax import telemetry
 from videogpt_jax.errors import InputError
+from videogpt_jax.telemetry import device_clock
+from videogpt_jax.telemetry import goodput
 
 
 def _lines(workdir: pathlib.Path) -> list[dict]:
@@ -167,62 +171,146 @@ class Clock:
     return self.now
 
 
-def test_speed_is_of_the_time_between_log_points():
+def _seconds(**phases):
+  return dict.fromkeys(goodput.PHASES, 0.0) | phases
+
+
+def test_speed_is_of_the_time_of_steps_between_log_points():
   clock = Clock()
   progress = telemetry.Progress(
-    100, 0, tokens_per_step=50, flops_per_step=3e9, peak_flops=1e12, clock=clock
+    100, tokens_per_step=50, flops_per_step=3e9, peak_flops=1e12, clock=clock
   )
   clock.now += 7  # compilation and the first step
   progress.start(1)
   clock.now += 2
-  speed = progress.update(11, wait_seconds=0.5)
+  speed = progress.update(11, 10, _seconds(compile=7, step=1.5, data_wait=0.5))
+  assert speed["step_s"] == pytest.approx(0.2)
   assert speed["steps_per_s"] == pytest.approx(5)
   assert speed["tokens_per_s"] == pytest.approx(250)
   assert speed["mfu"] == pytest.approx(5 * 3e9 / 1e12)
   assert speed["data_wait"] == pytest.approx(0.25)
   assert speed["eta_s"] == pytest.approx(89 * 0.2)
-  with progress.paused():
-    clock.now += 6
-  clock.now += 1
-  speed = progress.update(21)
+  clock.now += 7
+  speed = progress.update(21, 10, _seconds(step=0.6, lost=0.4, evaluation=4, checkpoint=2))
   assert speed["steps_per_s"] == pytest.approx(10)  # the pause is not slowness
   assert speed["eta_s"] == pytest.approx(79 * 9 / 20)  # but pauses will come again
   assert speed["data_wait"] == 0
 
 
+def test_a_step_that_compiled_has_no_speed():
+  clock = Clock()
+  progress = telemetry.Progress(100, tokens_per_step=50, clock=clock)
+  speed = progress.update(1, 0, _seconds(compile=7, step=0.01))
+  assert (speed["steps_per_s"], speed["eta_s"]) == (0, float("inf"))
+  assert "step_s" not in speed
+  assert "| 0 tok/s | wait 0.0% |" in progress.line(1, {}, speed)
+
+
 def test_the_line_is_greppable():
   clock = Clock()
   progress = telemetry.Progress(
-    2000, 0, tokens_per_step=100, flops_per_step=1e9, peak_flops=1e11, clock=clock
+    2000, tokens_per_step=100, flops_per_step=1e9, peak_flops=1e11, clock=clock
   )
+  progress.start(0)
   clock.now += 10
-  speed = {**progress.update(120, wait_seconds=0.02), "host_rss_mib": 912.4}
-  line = progress.line(120, {"loss": 0.01234, "gnorm": 0.53, "lr": 1e-3}, speed)
-  assert line == (
-    "step 120/2000   6.0% | loss 0.01234 | gnorm 0.53 | lr 1.00e-03 | 12 steps/s | 1200 tok/s"
-    " | mfu 12% | wait 0.2% | rss 912 MiB | eta 2m37s"
-  )
+  speed = progress.update(120, 120, _seconds(step=9.98, data_wait=0.02)) | {
+    "host_rss_mib": 912.4, "goodput": 0.876, "checkpoint_s": 0.0, "evaluation_s": 0.0}
+  values = {"loss": 0.01234, "gnorm": 0.53, "lr": 1e-3}
+  start = ("step 120/2000   6.0% | loss 0.01234 | gnorm 0.53 | lr 1.00e-03 | 83.33 ms"
+           " | 1200 tok/s | mfu 12% | wait 0.2%")
+  assert progress.line(120, values, speed) == (
+    f"{start} | good 88% | rss 912 MiB | eta 2m37s")
+  speed |= {"checkpoint_s": 1.23, "evaluation_s": 4.0, "device_mib": 3000.2,
+            "device_peak_mib": 4000.0}
+  assert progress.line(120, values, speed) == (
+    f"{start} | save 1.2 s | eval 4.0 s | good 88% | device 3000 (peak 4000) MiB | rss 912 MiB"
+    " | eta 2m37s")
 
 
 def test_without_a_known_peak_there_is_no_mfu():
   clock = Clock()
-  progress = telemetry.Progress(10, 0, tokens_per_step=1, flops_per_step=1e9, clock=clock)
-  clock.now += 1
-  speed = progress.update(1)
+  progress = telemetry.Progress(10, tokens_per_step=1, flops_per_step=1e9, clock=clock)
+  speed = progress.update(1, 1, _seconds(step=1.0))
   assert "mfu" not in speed
   assert "mfu" not in progress.line(1, {"loss": float("nan")}, speed)
   assert "loss nan" in progress.line(1, {"loss": float("nan")}, speed)
 
 
-def test_stopwatch_adds_up_and_starts_again():
-  clock = Clock()
-  watch = telemetry.Stopwatch(clock)
-  for seconds in (1, 2):
-    with watch:
-      clock.now += seconds
-    clock.now += 10
-  assert watch.take() == 3
-  assert watch.take() == 0
+def test_memory_of_the_fullest_device(monkeypatch):
+  class Device:
+    def __init__(self, stats):
+      self.memory_stats = lambda: stats
+
+  assert machine.device_memory_mib() == {}  # a CPU does not tell
+  stats = [{"bytes_in_use": 3 << 20, "peak_bytes_in_use": 5 << 20, "num_allocs": 1},
+           {"bytes_in_use": 2 << 20, "peak_bytes_in_use": 9 << 20}]
+  monkeypatch.setattr(jax, "local_devices", lambda: [Device(x) for x in stats])
+  assert machine.device_memory_mib() == {"device_mib": 3.0, "device_peak_mib": 9.0}
+  del stats[1]["peak_bytes_in_use"]
+  assert machine.device_memory_mib() == {"device_mib": 3.0}
+
+
+def test_the_device_is_busy_until_its_newest_result_is_there(monkeypatch):
+  clock, finished = Clock(), queue.Queue()
+  monkeypatch.setattr(jax, "block_until_ready", lambda result: result.get(timeout=20))
+  device = device_clock.DeviceClock(clock)
+  assert device.busy(since=900.0) == 0  # it has nothing to do yet
+  device.watch(finished)
+  clock.now += 5
+  assert device.busy(since=1002.0) == 3
+  finished.put(None)
+  _let(lambda: device._finished is not None)
+  clock.now += 50  # idle
+  assert device.busy(since=1002.0) == 3
+  assert device.busy(since=1030.0) == 0
+  device.watch(finished)
+  clock.now += 1
+  assert device.busy(since=1030.0) == 26
+  finished.put(None)
+  device.close()
+
+
+def _let(condition):
+  end = time.monotonic() + 20
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def test_processes_but_the_first_write_nothing(tmp_path, monkeypatch, capsys):
+  """They have a writer with the same methods, so that the loop need not ask."""
+  methods = lambda kind: {
+    name: str(inspect.signature(method)) for name, method in inspect.getmembers(kind)
+    if inspect.isfunction(method) and not name.startswith("_")}
+  assert methods(telemetry.Silent) == methods(telemetry.Writer)
+  frames, pixels = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)
+  paths = []
+  for process, workdir in enumerate((tmp_path / "first", tmp_path / "second")):
+    monkeypatch.setattr(jax, "process_index", lambda n=process: n)
+    writer = telemetry.open_writer(workdir, project="" if process == 0 else "not even looked for")
+    writer.scalars(1, {"loss": 1.0})
+    writer.timing({"step": 1})
+    paths.append([writer.video(1, "a/b", frames, 8.0).relative_to(workdir),
+                  writer.image(1, "c", pixels).relative_to(workdir)])
+    writer.say(f"process {process}")
+    assert writer.timings() == [{"step": 1}][process:]
+    writer.close()
+  assert paths[0] == paths[1]
+  assert (tmp_path / "first" / paths[0][0]).is_file()
+  assert not (tmp_path / "second").exists()
+  assert capsys.readouterr().out == "process 0\n"
+
+
+def test_records_of_time_outlive_the_steps_that_were_lost(tmp_path):
+  for start, step in ((1, 8), (5, 6)):
+    writer = telemetry.Writer(tmp_path, start)
+    writer.timing({"step": step})
+    writer.scalars(step, {"loss": 1.0})
+    writer.close()
+    with (tmp_path / "time.jsonl").open("a") as file:
+      file.write('{"step": 3')  # a kill in the middle of a line
+  assert telemetry.Writer(tmp_path, 7).timings() == [{"step": 8}, {"step": 6}]
+  assert [line["step"] for line in _lines(tmp_path)] == [6]
 
 
 @pytest.mark.parametrize(

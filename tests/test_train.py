@@ -1,6 +1,7 @@
 """The training loop and its step: what they compute, and how they start, stop and go on."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 from flax import traverse_util
 import flax.linen as nn
@@ -31,6 +33,8 @@ from videogpt_jax import telemetry
 from videogpt_jax import train
 from videogpt_jax.data import pipeline
 from videogpt_jax.errors import InputError
+from videogpt_jax.telemetry import goodput
+from videogpt_jax.telemetry import writer as writer_lib
 
 # The step itself --------------------------------------------------------------------------
 
@@ -302,8 +306,9 @@ def test_the_loop_is_the_step_on_the_pipelines_batches(steps, finished):
 
 def test_log_lines_and_metrics(finished):
   lines = re.findall(
-    r"^step (\d+)/24 +[\d.]+% \| loss ([\d.]+) \| gnorm [\d.]+ \| lr [\d.e-]+ \| [\d.]+ steps/s "
-    r"\| \d+ tok/s (?:\| mfu \d+% )?\| wait [\d.]+% \| rss \d+ MiB \| eta \S+$",
+    r"^step (\d+)/24 +[\d.]+% \| loss ([\d.]+) \| gnorm [\d.]+ \| lr [\d.e-]+ \| [\d.]+ ms "
+    r"\| \d+ tok/s (?:\| mfu \d+% )?\| wait [\d.]+% (?:\| save [\d.]+ s )?"
+    r"(?:\| eval [\d.]+ s )?\| good \d+% \| rss \d+ MiB \| eta \S+$",
     finished.result.stdout, re.M)
   assert [int(step) for step, _ in lines] == list(range(2, 25, 2))
   records = telemetry.read_metrics(finished.workdir / telemetry.METRICS_FILE)
@@ -313,7 +318,9 @@ def test_log_lines_and_metrics(finished):
     assert float(shown) == pytest.approx(record["loss"], rel=1e-3)
     names = record.keys()
     assert names >= {"loss", "grad_norm", "learning_rate", "skipped", "tokens_per_s",
-                     "steps_per_s", "data_wait", "host_rss_mib", "train_seconds"}
+                     "steps_per_s", "step_s", "data_wait", "host_rss_mib", "train_seconds",
+                     "checkpoint_s", "evaluation_s", "goodput",
+                     *(f"time/{phase}" for phase in goodput.PHASES)}
     by_noise = [float(record[n]) for n in names if re.fullmatch(r"loss_by_noise/[0-4]", n)]
     by_clip = [float(record[n]) for n in names if re.fullmatch(r"loss_by_clip/[0-7]", n)]
     for group in (by_noise, by_clip):
@@ -321,6 +328,47 @@ def test_log_lines_and_metrics(finished):
   assert [r["step"] for r in records if "validation/loss" in r] == [12, 24]
   assert training[-1]["learning_rate"] == pytest.approx(1e-3)
   assert training[-1]["loss"] < 0.7 * training[0]["loss"]  # it learns
+
+
+def test_where_the_time_went(finished):
+  """The phases of the metrics add up to the time between the first record and the last."""
+  records = telemetry.read_metrics(finished.workdir / writer_lib.TIME_FILE)
+  assert [(r["step"], r.get("event")) for r in (records[0], records[-1])] == [
+    (0, "start"), (24, "end")]
+  wall = records[-1]["time"] - records[0]["time"] + records[0]["seconds"]["start"]
+  spent = sum(sum(r["seconds"].values()) for r in records)
+  assert spent == pytest.approx(wall, abs=0.1)
+  training = [r for r in telemetry.read_metrics(finished.workdir / telemetry.METRICS_FILE)
+              if "loss" in r]
+  assert all(0 <= r["goodput"] <= 1 for r in training)
+  last = training[-1]
+  assert last["goodput"] == pytest.approx(last["time/step"] / last["train_seconds"])
+  for name in ("checkpoint", "evaluation"):  # what followed the last line is not in it
+    told = sum(r[f"{name}_s"] for r in training)
+    assert 0 < told == pytest.approx(last[f"time/{name}"], abs=1e-3)
+    assert [r["step"] for r in training if r[f"{name}_s"]] == {
+      "checkpoint": [4, 8, 10, 14, 16, 20, 22], "evaluation": [14]}[name]
+  assert re.search(r"^  all +[\d.]+ s, goodput [\d.]+%$", finished.result.stdout, re.M)
+
+
+def test_time_of_lost_steps_and_between_processes(finished, tiny, tmp_path, capsys):
+  tiny.train.steps, tiny.log.videos = 24, 0
+  shutil.copytree(finished.workdir, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / checkpoint.FOLDER / "24")
+  path = tmp_path / writer_lib.TIME_FILE
+  before = telemetry.read_metrics(path)
+  killed = [r for r in before if "event" not in r or r["event"] == "start"]
+  path.write_text("".join(json.dumps(r) + "\n" for r in killed))  # before it could say its end
+  began = time.time()
+  assert train.train(tiny, str(tmp_path)) == 24
+  start = telemetry.read_metrics(path)[len(killed)]
+  assert (start["step"], start["event"]) == (21, "start")
+  assert start["seconds"]["down"] == pytest.approx(began - killed[-1]["time"], abs=0.5)
+  step_22_to_24 = sum(r["seconds"].get("step", 0) for r in killed if r["step"] > 21)
+  last = [r for r in telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE) if "loss" in r][-1]
+  assert last["time/lost"] == pytest.approx(step_22_to_24, rel=1e-3)
+  assert last["time/down"] == pytest.approx(start["seconds"]["down"])
+  assert "since the first start (2 starts)" in capsys.readouterr().out
 
 
 def test_held_out_loss_is_repeatable(finished, tiny, tmp_path):
@@ -493,6 +541,8 @@ def test_nan_losses_are_skipped_and_too_many_stop_the_run(tiny, tmp_path, poison
   by_step = {r["step"]: r for r in records if "skipped" in r}
   assert [by_step[n]["skipped"] for n in range(1, 8)] == [0, 1, 2, 2, 2, 2, 3]
   assert by_step[2]["loss"] is None
+  lost = [by_step[n]["time/lost"] for n in range(1, 8)]
+  assert lost[0] == 0 < lost[1] < lost[2] == lost[3] == lost[5] < lost[6]
   assert by_step[4]["loss"] is not None
   assert re.search(r"step 3/12 .*\| skipped 2 \|", capsys.readouterr().out)
   state = tiny_run.saved_state(tmp_path)

@@ -21,6 +21,7 @@ from videogpt_jax import objective as objective_lib
 from videogpt_jax import rollout
 from videogpt_jax import sampler as sampler_lib
 from videogpt_jax import step as step_lib
+from videogpt_jax import watchdog
 from videogpt_jax.data import fit as fit_lib
 from videogpt_jax.errors import InputError
 from videogpt_jax.sampler import Sampler
@@ -159,6 +160,8 @@ def _train() -> ConfigDict:
   c.spike = 0.0  # skip updates whose gradients have so many times their typical norm; 0: never
   c.max_bad_steps = 10  # so many updates skipped in a row lead back to the last good checkpoint
   c.max_rollbacks = 3  # without a good checkpoint between them; then training stops
+  c.watchdog = 1800.0  # s that a step may take (three times that if it compiles); 0: for ever
+  c.watchdog_action = "report"  # then: report (write all stacks, wait on), abort (exit, too)
   return c
 
 
@@ -208,6 +211,9 @@ def _log() -> ConfigDict:
   c.validation_batches = 4
   c.videos_every = 1000  # steps between rolled-out videos
   c.videos = 4
+  c.wandb = ""  # project of Weights & Biases that is shown the same; "": none
+  c.profile_at = 0  # first step of a trace; 0: none but what WORKDIR/profile asks for
+  c.profile_steps = 5  # steps of a trace
   return c
 
 
@@ -242,12 +248,12 @@ def validate(config: ConfigDict) -> None:
               "data.frames", "data.prefetch", "data.min_bucket", "train.steps", "train.batch_size",
               "train.accumulation", "train.max_bad_steps", "optimizer.clip_norm",
               "checkpoint.every", "checkpoint.keep", "log.every", "log.validate_every",
-              "log.validation_batches", "log.videos_every", "sample.history",
+              "log.validation_batches", "log.videos_every", "log.profile_steps", "sample.history",
               "sample.clip_frames")
   not_negative = ("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.cooldown_steps",
-                  "optimizer.weight_decay", "data.workers", "log.videos", "sample.window",
-                  "train.max_rollbacks", "checkpoint.keep_every", "checkpoint.keep_best",
-                  "checkpoint.failures")
+                  "optimizer.weight_decay", "data.workers", "log.videos", "log.profile_at",
+                  "sample.window", "train.max_rollbacks", "train.watchdog",
+                  "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.failures")
   for names, fits, wanted in ((positive, lambda x: x > 0, "positive"),
                               (not_negative, lambda x: x >= 0, "at least 0")):
     for name in names:
@@ -256,6 +262,7 @@ def validate(config: ConfigDict) -> None:
   _validate_model(config)
   _one_of(config, "optimizer.name", step_lib.OPTIMIZERS)
   _one_of(config, "data.posterior", step_lib.POSTERIORS)
+  _one_of(config, "train.watchdog_action", watchdog.ACTIONS)
   codec(config)
   _validate_clips(config)
   if config.train.batch_size % config.train.accumulation:

@@ -75,6 +75,18 @@ def peak_rss_mib() -> float:
   return peak / _MIB if sys.platform == "darwin" else peak / 1024
 
 
+def device_memory_mib() -> dict[str, float]:
+  """Memory of the fullest device of this process: in use now, and at most so far, MiB.
+
+  Returns:
+    `device_mib` and `device_peak_mib`; nothing where the platform does not tell (CPU).
+  """
+  told = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+  names = {"device_mib": "bytes_in_use", "device_peak_mib": "peak_bytes_in_use"}
+  return {ours: max(stats[theirs] for stats in told) / _MIB for ours, theirs in names.items()
+          if told and all(theirs in stats for stats in told)}
+
+
 def split_cpu(devices: int) -> None:
   """Lets jax see so many devices in place of one CPU; before anything else asks for devices.
 

@@ -8,11 +8,13 @@ through the same steps once more and ends with the same bits.
 import dataclasses
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 
 from videogpt_jax import checkpoint
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
+from videogpt_jax import train_log
 from videogpt_jax.errors import InputError
 
 
@@ -23,21 +25,26 @@ class Recovery:
     recipe: of the train step.
     mesh: of its devices.
     checkpoints: of the run; none may be saved while updates are being skipped.
-    most: returns to one and the same checkpoint that are allowed.
+    settings: `train` of the configuration: how many updates skipped in a row lead back, and how
+      many returns to one and the same checkpoint are allowed.
   """
 
   def __init__(self, recipe: step_lib.Recipe, mesh: jax.sharding.Mesh,
-               checkpoints: checkpoint.Checkpoints, most: int) -> None:
-    self._recipe, self._mesh = recipe, mesh
-    self._checkpoints, self._most = checkpoints, most
+               checkpoints: checkpoint.Checkpoints, settings: ConfigDict) -> None:
+    self._recipe, self._mesh, self._checkpoints = recipe, mesh, checkpoints
+    self._enough, self._most = settings.max_bad_steps, settings.max_rollbacks
     self._returns: dict[int, int] = {}
 
-  def __call__(self, state: step_lib.TrainState, skipped: int) -> step_lib.TrainState:
+  def due(self, skipped: int) -> bool:
+    """Whether so many updates skipped in a row are too many."""
+    return skipped >= self._enough
+
+  def __call__(self, state: step_lib.TrainState, log: train_log.TrainLog) -> step_lib.TrainState:
     """The state at the same step with what the newest checkpoint holds.
 
     Args:
       state: after the skipped updates; its memory is freed.
-      skipped: how many were skipped in a row.
+      log: knows how many were skipped; is told of the return.
 
     Raises:
       InputError: there is no checkpoint, or going back to it has not helped.
@@ -45,8 +52,8 @@ class Recovery:
     step = int(state.step)
     self._checkpoints.wait()
     good = self._checkpoints.latest_step()
-    said = (f"{skipped} updates in a row, up to step {step}, were skipped: loss or gradient not "
-            "finite, or far larger than usual (config.train.spike)")
+    said = (f"{log.skipped} updates in a row, up to step {step}, were skipped: loss or gradient "
+            "not finite, or far larger than usual (config.train.spike)")
     advice = "lower config.optimizer.learning_rate or look at the data, then go on from it"
     if good is None:
       raise InputError(f"{said}; there is no checkpoint yet to go back to: lower "
@@ -61,6 +68,7 @@ class Recovery:
       restored = self._checkpoints.restore(step_lib.abstract_state(self._recipe, self._mesh))
     assert restored is not None
     print(f"{said}; going on from step {step} with the parameters of step {good}", flush=True)
+    log.went_back(step, good)
     kept = good - int(restored[1].skipped)
     number = lambda value: jax.device_put(np.int32(value), sharding.replicated(self._mesh))
     return dataclasses.replace(restored[1], step=number(step), bad_steps=number(0),

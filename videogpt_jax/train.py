@@ -4,12 +4,14 @@ Order of a run: configuration checked, data opened, state found (resume > init f
 scratch), then for every step: next batch, one train step, metrics of the step before
 fetched; and at their cadence a log line, the held-out loss, rolled-out videos, a
 checkpoint. The data position is the step, so a resumed run continues bit for bit.
+
+Each of these stands in a `with` block of the log, which knows the time that it took
+(`telemetry.goodput`) and tells the watchdog that it ended.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 import contextlib
 import dataclasses
-import time
 from typing import Any
 
 from absl import logging
@@ -23,19 +25,21 @@ from videogpt_jax import checkpoint
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
 from videogpt_jax import distributed
-from videogpt_jax import flops
 from videogpt_jax import held_out
-from videogpt_jax import machine
 from videogpt_jax import recovery
 from videogpt_jax import retention
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
+from videogpt_jax import train_log
+from videogpt_jax import watchdog
 from videogpt_jax import weights as weights_lib
 from videogpt_jax.data import pipeline
 from videogpt_jax.data import store
 from videogpt_jax.data import video
 from videogpt_jax.errors import InputError
+from videogpt_jax.telemetry import goodput
+from videogpt_jax.telemetry import mirror
 
 
 @dataclasses.dataclass
@@ -48,7 +52,7 @@ class Run:
   mesh: jax.sharding.Mesh
   source: pipeline.Mixture
   validation: pipeline.Mixture
-  writer: telemetry.Writer
+  writer: telemetry.Writer | telemetry.Silent
   held_out: tuple[int, float] = (-1, 0.0)  # the last held-out loss, and the step it is of
 
   def extra(self, step: int) -> dict[str, Any]:
@@ -65,7 +69,9 @@ def train(config: ConfigDict, workdir: str) -> int:
     InputError: bad configuration, data, or workdir; a checkpoint that does not fit; too
       many non-finite updates in a row (the last checkpoint is intact).
   """
+  account = goodput.Account()
   config_lib.validate(config)
+  mirror.check(config.log.wandb)
   source, validation = open_data(config)
   recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
   check_devices(config, mesh)
@@ -76,45 +82,63 @@ def train(config: ConfigDict, workdir: str) -> int:
   with contextlib.closing(opened) as checkpoints:
     state = find_state(config, recipe, mesh, checkpoints, source.fingerprint)
     start = int(state.step)
-    with contextlib.closing(telemetry.Writer(workdir, start + 1)) as writer:
+    with contextlib.closing(telemetry.open_writer(
+        workdir, start + 1, project=config.log.wandb, name=config.name,
+        settings=config.to_dict())) as writer:
       run = Run(config, workdir, recipe, mesh, source, validation, writer)
-      with sharding.use(mesh), distributed.stopping() as stop:
-        return _loop(run, state, start, checkpoints, stop)
+      with sharding.use(mesh), distributed.stopping() as stop, _log(run, account, start) as log:
+        return _loop(run, state, start, checkpoints, stop, log)
 
 
-def _loop(run: Run, state: step_lib.TrainState, start: int,
-          checkpoints: checkpoint.Checkpoints, stop: Callable[[int], bool]) -> int:
+@contextlib.contextmanager
+def _log(run: Run, account: goodput.Account, start: int) -> Iterator[train_log.TrainLog]:
+  """The log of the loop, under the watchdog's eyes."""
+  settings = run.config.train
+  with contextlib.ExitStack() as stack:
+    dog = stack.enter_context(contextlib.closing(watchdog.Watchdog(
+      run.workdir, settings.watchdog, settings.watchdog_action, process=jax.process_index())))
+    yield stack.enter_context(contextlib.closing(train_log.TrainLog(
+      run.config, run.recipe, run.source, run.writer, account, dog, workdir=run.workdir,
+      start=start)))
+
+
+def _loop(run: Run, state: step_lib.TrainState, start: int, checkpoints: checkpoint.Checkpoints,
+          stop: Callable[[int], bool], log: train_log.TrainLog) -> int:
   steps = run.config.train.steps
   train_step = step_lib.compile_step(run.recipe, run.mesh)
   evaluators = (Validation(run), Videos(run))
-  log = TrainLog(run, start)
-  recover = recovery.Recovery(run.recipe, run.mesh, checkpoints, run.config.train.max_rollbacks)
+  recover = recovery.Recovery(run.recipe, run.mesh, checkpoints, run.config.train)
   done, stopped = start, False
   with contextlib.closing(training_batches(run, start)) as batches:
     while done < steps and not (stopped := stop(done)):
-      with log.waiting:
+      with log.waiting():
         batch = next(batches)
-      state, metrics = train_step(state, batch.latents)
-      done += 1
-      log.add(done, metrics)
+      with log.stepping(done + 1, batch.latents.shape):
+        state, metrics = train_step(state, batch.latents)
+        done += 1
+        log.add(done, metrics)
       due = [evaluator for evaluator in evaluators if evaluator.due(done)]
       save = checkpoints.due(done) and done < steps
-      if due or save or log.bad >= run.config.train.max_bad_steps:
+      if due or save or recover.due(log.skipped):
         log.catch_up()  # the first two wait for the device anyway
-      if log.bad >= run.config.train.max_bad_steps:
-        state = recover(state, log.bad)
-        log.bad = 0
-      with log.progress.paused():
-        for evaluator in due:
+      if recover.due(log.skipped):
+        state = recover(state, log)
+      for evaluator in due:
+        with log.aside(goodput.EVALUATION):
           evaluator(done, state.ema)
-        if save and not log.bad:
+      if save and not log.skipped:
+        with log.aside(goodput.CHECKPOINT):
           checkpoints.save(done, state, run.extra(done))
-        checkpoints.check()
+        log.saved(done)
+      checkpoints.check()
   log.catch_up()
-  if not log.bad or done == steps:  # else what comes is found out anew from the last good one
-    checkpoints.save(done, state, run.extra(done), wait=True)
+  if not log.skipped or done == steps:  # else what comes is found out anew from the last good one
+    with log.aside(goodput.CHECKPOINT):
+      checkpoints.save(done, state, run.extra(done), wait=True)
+  if done > start:
+    log.finish()
   if stopped and done < steps:
-    print(f"stopped by a signal after step {done}; the same command goes on from here", flush=True)
+    run.writer.say(f"stopped by a signal after step {done}; the same command goes on from here")
   return done
 
 
@@ -257,68 +281,6 @@ def training_batches(run: Run, start: int) -> Generator[pipeline.Batch, None, No
 # At a cadence -----------------------------------------------------------------------------
 
 
-class TrainLog:
-  """Fetches the metrics of steps, one step late, and writes them at the cadence of the log."""
-
-  def __init__(self, run: Run, start: int):
-    self._run = run
-    self._late: tuple[int, step_lib.Metrics] | None = None
-    self._fetched: list[dict[str, np.ndarray]] = []
-    self.bad = 0  # updates skipped in a row, up to the last step fetched
-    self._schedule = step_lib.learning_rate(run.recipe.optimizer)
-    cost = _expected_cost(run)
-    device = jax.devices()[0]
-    peak = machine.peak_flops_per_device(device)
-    self.progress = telemetry.Progress(
-      run.config.train.steps, start, tokens_per_step=cost.tokens, flops_per_step=cost.total,
-      peak_flops=peak * jax.device_count() if peak else None)
-    self.waiting = telemetry.Stopwatch()  # of the loop, for data
-    self._began = time.perf_counter()
-    self._seconds_before = run.writer.last("train_seconds")  # of the runs that this one resumes
-    self._start = start
-
-  def add(self, step: int, metrics: step_lib.Metrics) -> None:
-    """Takes the metrics of a step under way, and fetches those of the step before."""
-    self.catch_up()
-    self._late = step, metrics
-    if step == self._start + 1:  # the clock starts when compilation is over
-      jax.block_until_ready(metrics)
-      seconds = time.perf_counter() - self._began
-      print(f"first step done after {seconds:.1f} s (compilation included)", flush=True)
-      self.progress.start(step)
-      self.waiting.take()
-
-  def catch_up(self) -> None:
-    """Fetches the metrics that were left on the device; waits for their step."""
-    if self._late is None:
-      return
-    step, metrics = self._late
-    self._late = None
-    self._fetched.append(jax.device_get(metrics))
-    config, self.bad = self._run.config, int(self._fetched[-1]["bad_steps"])
-    if self.bad:
-      logging.warning("step %d: update skipped (%d in a row), loss or gradient is not finite or "
-                      "far larger than usual", step, self.bad)
-    if step % config.log.every == 0 or step == config.train.steps:
-      self._write(step)
-
-  def _write(self, step: int) -> None:
-    """One line, TensorBoard and JSONL for the steps fetched since the last one."""
-    total = held_out.add_up(self._fetched)
-    values = held_out.means(total)
-    values["grad_norm"] = float(total["grad_norm"] / len(self._fetched))
-    values["learning_rate"] = float(self._schedule(step - 1))
-    values["skipped"] = float(self._fetched[-1]["skipped"])
-    self._fetched.clear()
-    speed = self.progress.update(step, self.waiting.take())
-    seconds = self._seconds_before + time.perf_counter() - self._began
-    self._run.writer.scalars(step, {**values, **speed, "train_seconds": seconds})
-    shown = {"loss": values["loss"], "gnorm": values["grad_norm"], "lr": values["learning_rate"]}
-    if values["skipped"]:
-      shown["skipped"] = values["skipped"]
-    print(self.progress.line(step, shown, speed), flush=True)
-
-
 class Validation:
   """Loss on held-out videos, every time the same ones with the same noise."""
 
@@ -334,7 +296,7 @@ class Validation:
     values = {f"validation/{name}": value for name, value in self._loss(ema).items()}
     self._run.held_out = step, values["validation/loss"]
     self._run.writer.scalars(step, values)
-    print(f"step {step} held-out loss {values['validation/loss']:.5f}", flush=True)
+    self._run.writer.say(f"step {step} held-out loss {values['validation/loss']:.5f}")
 
 
 class Videos:
@@ -379,14 +341,4 @@ class Videos:
       columns = {"truth": truth[i], "prediction": predicted[i]}
       shown = video.side_by_side(columns, scale=scale, history=sample.history)
       path = run.writer.video(step, f"rollout_{i}", shown, fps=8.0)
-    print(f"step {step} wrote {count} rollouts like {path}", flush=True)
-
-
-def _expected_cost(run: Run) -> flops.Cost:
-  """Of a step, over the sizes of frames."""
-  data, recipe = run.config.data, run.recipe
-  shares = pipeline.buckets(run.source, data.frames, tuple(data.interval))
-  costs = [(share, flops.training(recipe.model, recipe.objective, run.config.train.batch_size,
-                                  (data.frames, *size, recipe.codec.channels)))
-           for size, share in shares.items()]
-  return flops.expected(costs)
+    run.writer.say(f"step {step} wrote {count} rollouts like {path}")

@@ -1,0 +1,212 @@
+"""What a run writes into its workdir: scalars, pictures, records of its time."""
+
+from collections.abc import Mapping
+import io
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+from jaxtyping import UInt8
+import numpy as np
+from PIL import Image
+from tensorboardX import event_file_writer
+from tensorboardX.proto import event_pb2
+from tensorboardX.proto import summary_pb2
+
+from videogpt_jax import files
+from videogpt_jax.data import video as video_lib
+from videogpt_jax.telemetry import mirror as mirror_lib
+from videogpt_jax.telemetry import records as records_lib
+from videogpt_jax.telemetry.records import METRICS_FILE
+
+TIME_FILE = "time.jsonl"
+
+
+def open_writer(workdir: str | pathlib.Path, start_step: int = 0, *, project: str = "",
+                name: str = "", settings: Mapping[str, Any] | None = None) -> "Writer | Silent":
+  """The writer of this process: the first of a run writes, the others do not.
+
+  Args:
+    workdir: see `Writer`.
+    start_step: see `Writer`.
+    project: of Weights & Biases, to be shown there too; "" leaves it out.
+    name: of the run, shown there.
+    settings: of the run, shown there.
+
+  Raises:
+    InputError: see `Writer`.
+  """
+  if jax.process_index() != 0:
+    return Silent(workdir)
+  writer = Writer(workdir, start_step)
+  if project:
+    writer.mirror = mirror_lib.WeightsAndBiases(workdir, project, name, settings or {})
+  return writer
+
+
+class Writer:
+  """Writes scalars, images and videos of a run under its workdir.
+
+  WORKDIR/metrics.jsonl has one JSON object a call of `scalars`, `step` first; WORKDIR/tensorboard
+  the same for TensorBoard; WORKDIR/videos and WORKDIR/images the files themselves. A run
+  that resumes rewrites its tail: lines of `start_step` and later, and a last line that a kill
+  cut short, are dropped from metrics.jsonl, and TensorBoard is told to forget those steps.
+  WORKDIR/time.jsonl keeps every record of `timing`: what was lost has taken time, too.
+
+  Args:
+    workdir: made if it is missing.
+    start_step: the first step that will be written (again): 0 for a new run, one more than
+      the checkpoint's number of finished steps for one that resumes.
+
+  Raises (all methods):
+    InputError: the workdir cannot be written (no permission, disk full, not a folder).
+  """
+
+  mirror: mirror_lib.WeightsAndBiases | None = None  # is shown the same
+
+  def __init__(self, workdir: str | pathlib.Path, start_step: int = 0):
+    self._workdir = pathlib.Path(workdir)
+    with records_lib.writing(self._workdir):
+      self._workdir.mkdir(parents=True, exist_ok=True)
+      self._lines = records_lib.reopen(
+        self._workdir / METRICS_FILE, keep=lambda record: record["step"] < start_step)
+      self._times = records_lib.reopen(self._workdir / TIME_FILE)
+      self._events = _Events(self._workdir / "tensorboard", start_step)
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes `values` for `step`. A NaN or infinity is `null` in the JSON lines."""
+    numbers = {name: float(value) for name, value in values.items()}
+    line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    with records_lib.writing(self._workdir):
+      self._lines.write(json.dumps({"step": int(step), **line}) + "\n")
+      self._lines.flush()
+      for name, value in numbers.items():
+        self._events.add(step, summary_pb2.Summary.Value(tag=name, simple_value=value))
+      self._events.flush()
+    if self.mirror:
+      self.mirror.scalars(step, numbers)
+
+  def timing(self, record: Mapping[str, Any]) -> None:
+    """Keeps a record of the run's time (`goodput.Account`)."""
+    with records_lib.writing(self._workdir):
+      self._times.write(json.dumps(record) + "\n")
+      self._times.flush()
+
+  def timings(self) -> list[dict[str, Any]]:
+    """All records of the run's time, from its first start on."""
+    return records_lib.read_metrics(self._workdir / TIME_FILE)
+
+  def say(self, text: str) -> None:
+    """Shows a line, or several, on stdout."""
+    print(text, flush=True)
+
+  def video(
+    self, step: int, name: str, frames: UInt8[np.ndarray, "T H W 3"], fps: float, scale: int = 1
+  ) -> pathlib.Path:
+    """Writes a GIF and shows it in TensorBoard; `scale` enlarges pixels. Returns the file."""
+    with records_lib.writing(self._workdir):
+      buffer = io.BytesIO()
+      video_lib.write_gif(buffer, frames, fps, scale=scale)
+      size = (frames.shape[1] * scale, frames.shape[2] * scale)
+      return self._picture("videos", step, name, "gif", buffer.getvalue(), size)
+
+  def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> pathlib.Path:
+    """Writes a PNG and shows it in TensorBoard. Returns the file."""
+    with records_lib.writing(self._workdir):
+      buffer = io.BytesIO()
+      Image.fromarray(pixels).save(buffer, "PNG")
+      return self._picture("images", step, name, "png", buffer.getvalue(), pixels.shape[:2])
+
+  def close(self) -> None:
+    """Closes all files."""
+    if self.mirror:
+      self.mirror.close()
+    with records_lib.writing(self._workdir):
+      self._lines.close()
+      self._times.close()
+      self._events.close()
+
+  def _picture(
+    self, folder: str, step: int, name: str, suffix: str, data: bytes, size: tuple[int, int]
+  ) -> pathlib.Path:
+    path = _picture_path(self._workdir, folder, step, name, suffix)
+    path.parent.mkdir(exist_ok=True)
+    files.replace(path, data)
+    picture = summary_pb2.Summary.Image(
+      height=size[0], width=size[1], colorspace=3, encoded_image_string=data
+    )
+    self._events.add(step, summary_pb2.Summary.Value(tag=name, image=picture))
+    self._events.flush()
+    if self.mirror:
+      self.mirror.picture(step, name, path)
+    return path
+
+
+class Silent:
+  """What the processes of a run but the first have in place of a `Writer`: it writes nothing."""
+
+  def __init__(self, workdir: str | pathlib.Path) -> None:
+    self._workdir = pathlib.Path(workdir)
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Does nothing."""
+
+  def timing(self, record: Mapping[str, Any]) -> None:
+    """Does nothing."""
+
+  def timings(self) -> list[dict[str, Any]]:
+    """No records."""
+    return []
+
+  def say(self, text: str) -> None:
+    """Does nothing."""
+
+  def video(
+    self, step: int, name: str, frames: UInt8[np.ndarray, "T H W 3"], fps: float, scale: int = 1
+  ) -> pathlib.Path:
+    """Returns the file that the first process writes."""
+    return _picture_path(self._workdir, "videos", step, name, "gif")
+
+  def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> pathlib.Path:
+    """Returns the file that the first process writes."""
+    return _picture_path(self._workdir, "images", step, name, "png")
+
+  def close(self) -> None:
+    """Does nothing."""
+
+
+def _picture_path(
+  workdir: pathlib.Path, folder: str, step: int, name: str, suffix: str
+) -> pathlib.Path:
+  return workdir / folder / f"{name.replace('/', '_')}_{step}.{suffix}"
+
+
+class _Events:
+  """A TensorBoard event file, written at once.
+
+  tensorboardX's own `SummaryWriter` writes from a thread: when that meets a full disk it
+  dies, and the training blocks for ever on the full queue.
+  """
+
+  def __init__(self, folder: pathlib.Path, start_step: int):
+    folder.mkdir(exist_ok=True)
+    # The suffix keeps apart two files of one second.
+    self._writer = event_file_writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(event_pb2.Event(step=start_step, session_log=start))
+
+  def add(self, step: int, value: Any) -> None:
+    self._write(event_pb2.Event(step=int(step), summary=summary_pb2.Summary(value=[value])))
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+  def _write(self, event: Any) -> None:
+    event.wall_time = time.time()
+    self._writer.write_event(event)
