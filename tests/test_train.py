@@ -542,7 +542,8 @@ def test_nan_losses_are_skipped_and_too_many_stop_the_run(tiny, tmp_path, poison
   assert [by_step[n]["skipped"] for n in range(1, 8)] == [0, 1, 2, 2, 2, 2, 3]
   assert by_step[2]["loss"] is None
   lost = [by_step[n]["time/lost"] for n in range(1, 8)]
-  assert lost[0] == 0 < lost[1] < lost[2] == lost[3] == lost[5] < lost[6]
+  assert lost[0] == 0 < lost[1] < lost[2] < lost[6]
+  assert lost[3:6] == pytest.approx([lost[2]] * 3, abs=1e-4)
   assert by_step[4]["loss"] is not None
   assert re.search(r"step 3/12 .*\| skipped 2 \|", capsys.readouterr().out)
   state = tiny_run.saved_state(tmp_path)

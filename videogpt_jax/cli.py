@@ -59,7 +59,10 @@ def _plain(error: Exception) -> str:
 
 
 class stop_signal:
-  """Turns SIGTERM and the first Ctrl-C into an event, so that a step is never cut short."""
+  """Turns SIGTERM and the first Ctrl-C into an event, so that a step is never cut short.
+
+  Job managers send SIGTERM more than once; only a second Ctrl-C is impatient.
+  """
 
   def __enter__(self) -> threading.Event:
     self._event = threading.Event()
@@ -70,7 +73,7 @@ class stop_signal:
     return self._event
 
   def _handle(self, number: int, frame: Any) -> None:
-    if self._event.is_set():
+    if self._event.is_set() and number == signal.SIGINT:
       raise KeyboardInterrupt
     self._event.set()
 

@@ -24,7 +24,8 @@ _MESSAGE_BYTES = 4096
 
 
 def initialize(coordinator: str = "", num_processes: int | None = None,
-               process_id: int | None = None) -> None:
+               process_id: int | None = None, *, otherwise: str = "give "
+               "--coordinator=HOST:PORT --num_processes=N --process_id=I") -> None:
   """Joins the other processes.
 
   Without arguments the environment says who they are: a TPU pod, SLURM, Kubernetes, Open MPI,
@@ -34,10 +35,11 @@ def initialize(coordinator: str = "", num_processes: int | None = None,
     coordinator: HOST:PORT of process 0, as all processes see it.
     num_processes: how many there are.
     process_id: this one's number, from 0.
+    otherwise: what to do on a cluster that jax does not know.
 
   Raises:
-    InputError: only some of the arguments are given, the environment names no cluster, or the
-      others do not come.
+    InputError: only some of the arguments are given, or the environment names no cluster.
+    RuntimeError: the others do not come; they may the next time.
   """
   given = [coordinator or None, num_processes, process_id]
   if any(x is not None for x in given) and None in given:
@@ -49,9 +51,9 @@ def initialize(coordinator: str = "", num_processes: int | None = None,
   try:
     jax.distributed.initialize(*given, initialization_timeout=_CONNECT_S,
                                cluster_detection_method="deactivate" if coordinator else None)
-  except (RuntimeError, ValueError) as error:
-    raise InputError(f"--distributed: {error}; on a cluster that jax does not know, give "
-                     "--coordinator=HOST:PORT --num_processes=N --process_id=I") from error
+  except ValueError as error:
+    raise InputError(f"--distributed: {error}; on a cluster that jax does not know, {otherwise}"
+                     ) from error
 
 
 def print_once() -> None:

@@ -236,9 +236,10 @@ def _process_of_cluster() -> tuple[int, int]:
   """This process's number among those of jax.distributed, and how many there are.
 
   Raises:
-    InputError: the environment names no cluster, or the others do not come.
+    InputError: the environment names no cluster.
+    RuntimeError: the others do not come.
   """
-  distributed.initialize()
+  distributed.initialize(otherwise="share the work by --shard=I/N")
   process = jax.process_index(), jax.process_count()
   # From here on nobody waits for another: who is done goes, and who dies takes nobody along.
   jax.distributed.shutdown()
