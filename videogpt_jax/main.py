@@ -17,6 +17,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.",
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, videos.")
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Show the resolved configuration, parameters, FLOPs and memory; train nothing.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "", "With --dry_run: compile for these devices, which need not be there: v5p:4x4x4, "
+  "h100:8x8 (nodes x GPUs of a node), cpu:8; see docs/scaling.md.")
 
 
 def main() -> None:
@@ -25,6 +28,11 @@ def main() -> None:
     raise InputError("--config is missing, for example --config=configs/tiny.py")
   config = _CONFIG.value
   config_lib.validate(config)
+  if _TOPOLOGY.value:  # before jax starts: it need not know any accelerator here
+    if not _DRY_RUN.value:
+      raise InputError("--topology says what --dry_run is to compile for; nothing can run there")
+    print(dry_run.report(config, _TOPOLOGY.value))
+    return
   if config.cpu_devices:
     machine.split_cpu(config.cpu_devices)
   machine.use_platform(config.platform)

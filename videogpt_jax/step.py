@@ -248,11 +248,13 @@ def gradients(recipe: Recipe, params: Any, rng: Array, stored: Array) -> tuple[A
   if recipe.accumulation == 1:
     return grad_fn(params, rng, stored, total)
 
+  rows = batch // recipe.accumulation
   # Every accumulation-th row: a reshape that keeps each device's rows on it.
   parts = lambda x: jnp.moveaxis(
-    x.reshape(batch // recipe.accumulation, recipe.accumulation, *x.shape[1:]), 1, 0
+    x.reshape(rows, recipe.accumulation, *x.shape[1:]), 1, 0
   )
-  shapes = jax.eval_shape(grad_fn, params, rng[:1], stored[:1], total)
+  # Of as many rows as there will be: a mesh may be unable to split fewer.
+  shapes = jax.eval_shape(grad_fn, params, rng[:rows], stored[:rows], total)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
   def add(carry: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
