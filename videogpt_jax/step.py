@@ -34,6 +34,9 @@ Metrics = dict[str, Array]
 OPTIMIZERS = ("adamw", "muon")
 # The mean; one draw for both copies of a frame; one draw for each (as published).
 POSTERIORS = ("mean", "sample", "separate")
+# What lies in the host's memory between its uses: nothing, the optimizer's moments, or what the
+# backward pass keeps of each layer (remat "offload" of the backbone).
+OFFLOADS = ("none", "optimizer", "activations")
 _POSTERIOR_STREAM = 1 << 20  # of a row's key: noise of the posterior is independent of the rest
 
 
@@ -116,7 +119,8 @@ class TrainState:
 class Recipe:
   """What a train step needs to know, all of it static.
 
-  `posterior` says what becomes of stored moments: see `POSTERIORS`.
+  `posterior` says what becomes of stored moments: see `POSTERIORS`; `offload`, what lies in the
+  host's memory: see `OFFLOADS`.
   """
 
   model: model.Config
@@ -127,6 +131,7 @@ class Recipe:
   ema_decay: float = 0.999
   accumulation: int = 1
   seed: int = 0
+  offload: str = "none"
 
 
 def init_state(recipe: Recipe) -> TrainState:
@@ -147,7 +152,13 @@ def _state_of(recipe: Recipe, params: Any) -> TrainState:
 
 
 def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
-  """A sharding for every leaf of the state."""
+  """A sharding for every leaf of the state.
+
+  Raises:
+    InputError: something is to lie in the host's memory, and the devices cannot reach it.
+  """
+  if recipe.offload != "none":
+    sharding.require_host_memory(mesh)
   abstract = jax.eval_shape(functools.partial(init_state, recipe))
   found = sharding.of_tree(mesh, dataclasses.replace(abstract, opt_state=()))
   of_params = traverse_util.flatten_dict(nn.meta.unbox(found.params))
@@ -157,7 +168,10 @@ def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     """The path of a moment ends in that of its parameter, and it lies where that lies."""
     keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
     ends = (keys[start:] for start in range(len(keys)))
-    return next((of_params[end] for end in ends if end in of_params), replicated)
+    found = next((of_params[end] for end in ends if end in of_params), replicated)
+    if recipe.offload == "optimizer" and found is not replicated:
+      return found.with_memory_kind(sharding.HOST)
+    return found
 
   return dataclasses.replace(
     found, opt_state=jax.tree_util.tree_map_with_path(of_moment, abstract.opt_state))
@@ -274,6 +288,9 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss_sum"])
 
+  if recipe.offload == "optimizer":
+    here = jax.device_put(state.opt_state, jax.memory.Space.Device)
+    state = dataclasses.replace(state, opt_state=here)
   updates, opt_state = make_optimizer(recipe.optimizer).update(
     grads, state.opt_state, state.params
   )
