@@ -21,7 +21,8 @@ setuptools.setup(
   description="Video-GPT (next clip diffusion) in JAX: train and run video world models",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["videogpt_jax", "videogpt_jax.*"]),
-  package_data={"videogpt_jax": ["attention/block_sizes.json", "pretrained/**"]},
+  package_data={"videogpt_jax": ["aot/gpus/*.txtpb", "attention/block_sizes.json",
+                                  "pretrained/**"]},
   install_requires=[
     "absl-py>=2.3.1",
     "array-record>=0.8",

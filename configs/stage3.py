@@ -18,4 +18,5 @@ def get_config(variant: str = ""):
     c.data.frames = 48
     c.data.interval = (4, 12)
     c.train.steps = 15_000
+    c.train.accumulation = 5  # on 64 devices: one video at a time
   return c

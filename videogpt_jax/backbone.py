@@ -12,12 +12,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
 from videogpt_jax import attention
 from videogpt_jax import mask
+from videogpt_jax import sharding
 from videogpt_jax.attention import blocks
 
 _ROPE_ORIGINAL = 4096  # positions that Phi-3 was trained on before its context was extended
@@ -78,11 +80,15 @@ class Config:
 # What the backward pass finds stored; the rest of a layer it computes again. Even "none" leaves
 # norms, rotations and activations to be recomputed: that is cheaper than to keep them.
 _policies = jax.checkpoint_policies
+_LAYER_INPUT = "layer_input"
 REMAT_POLICIES = {
     "none": _policies.save_from_both_policies(  # all products, and the attention's output
         _policies.dots_saveable, _policies.save_only_these_names(attention.OUTPUT)),
     "dots": _policies.dots_with_no_batch_dims_saveable,  # products with weights
     "full": _policies.nothing_saveable,  # the input of each layer alone
+    "offload": _policies.save_and_offload_only_these_names(  # the same, in the host's memory
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device", offload_dst=sharding.HOST),
 }
 
 
@@ -289,6 +295,7 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: Float[Array, "B L D"], context: Context, past: KeysValues | None
                ) -> tuple[Array, tuple[Array | None, KeysValues | None]]:
+    x_BLD = checkpoint_name(x_BLD, _LAYER_INPUT)
     attended_BLD, own = Attention(self.config, name="attention")(
         RMSNorm(self.config, name="attention_norm")(x_BLD), context, past)
     x_BLD = x_BLD + attended_BLD

@@ -156,6 +156,9 @@ def _train() -> ConfigDict:
   c.steps = 1000
   c.batch_size = 16  # global
   c.accumulation = 1  # microbatches a step
+  # In the host's memory between uses: none; optimizer (its moments); activations (what remat
+  # "full" keeps of each layer)
+  c.offload = "none"
   c.ema_decay = 0.999
   c.spike = 0.0  # skip updates whose gradients have so many times their typical norm; 0: never
   c.max_bad_steps = 10  # so many updates skipped in a row lead back to the last good checkpoint
@@ -317,7 +320,11 @@ def _validate_model(config: ConfigDict) -> None:
       raise InputError(f"config.model.{name} {m[name]} is no row of a vocabulary of {m.vocab_size}")
   _one_of(config, "model.dtype", ("auto", "float32", "bfloat16"))
   _one_of(config, "model.attention", ("auto", *attention.IMPLEMENTATIONS))
-  _one_of(config, "model.remat", tuple(backbone.REMAT_POLICIES))
+  _one_of(config, "model.remat", ("none", "dots", "full"))
+  _one_of(config, "train.offload", step_lib.OFFLOADS)
+  if config.train.offload == "activations" and m.remat != "full":
+    raise InputError("config.train.offload 'activations' moves what config.model.remat 'full' "
+                     f"keeps; remat is {m.remat!r}")
   fit(config)
 
 
@@ -446,10 +453,14 @@ def recipe(config: ConfigDict) -> step_lib.Recipe:
       name=o.name, learning_rate=o.learning_rate, warmup_steps=o.warmup_steps,
       total_steps=config.train.steps, cooldown_steps=o.cooldown_steps, b1=o.b1, b2=o.b2, eps=o.eps,
       weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+  network = model(config)
+  if config.train.offload == "activations":
+    stack = dataclasses.replace(network.backbone, remat="offload")
+    network = dataclasses.replace(network, backbone=stack)
   return step_lib.Recipe(
-      model=model(config), codec=codec(config), objective=objective(config), optimizer=optimizer,
+      model=network, codec=codec(config), objective=objective(config), optimizer=optimizer,
       posterior=config.data.posterior, ema_decay=config.train.ema_decay, spike=config.train.spike,
-      accumulation=config.train.accumulation, seed=config.seed)
+      accumulation=config.train.accumulation, seed=config.seed, offload=config.train.offload)
 
 
 def from_saved(saved: dict) -> ConfigDict:

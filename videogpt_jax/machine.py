@@ -120,7 +120,12 @@ def peak_flops_per_device(device: jax.Device) -> float | None:
   """
   if device.platform == "cpu":
     return product_rate()
-  return next((rate for kind, rate in _PEAK_FLOPS.items() if kind in device.device_kind), None)
+  return data_sheet_flops(device.device_kind)
+
+
+def data_sheet_flops(device_kind: str) -> float | None:
+  """The data sheet's dense bfloat16 rate of an accelerator, FLOP/s; None for an unknown one."""
+  return next((rate for kind, rate in _PEAK_FLOPS.items() if kind in device_kind), None)
 
 
 def product_rate(size: int = 2048, dtype: Any = jnp.float32, repeats: int = 3) -> float:

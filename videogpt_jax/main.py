@@ -25,6 +25,9 @@ _COORDINATOR = flags.DEFINE_string(
   "coordinator", "", "Where the environment says nothing: HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this one, from 0.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "", "With --dry_run: compile for these devices, which need not be there: v5p:4x4x4, "
+  "h100:8x8 (nodes x GPUs of a node), cpu:8; see docs/scaling.md.")
 
 
 def main() -> None:
@@ -33,6 +36,11 @@ def main() -> None:
     raise InputError("--config is missing, for example --config=configs/tiny.py")
   config = _CONFIG.value
   config_lib.validate(config)
+  if _TOPOLOGY.value:  # before jax starts: it need not know any accelerator here
+    if not _DRY_RUN.value:
+      raise InputError("--topology says what --dry_run is to compile for; nothing can run there")
+    print(dry_run.report(config, _TOPOLOGY.value))
+    return
   if config.cpu_devices:
     machine.split_cpu(config.cpu_devices)
   if _DISTRIBUTED.value or _COORDINATOR.value:

@@ -43,8 +43,8 @@ def paper() -> ConfigDict:
   c.optimizer.learning_rate = 1e-4
   c.optimizer.warmup_steps = 1000  # 320,000 scheduler steps over 320 processes
   c.optimizer.eps = 1e-5
-  c.mesh.data = 1
-  c.mesh.fsdp = -1
+  c.mesh.data = -1
+  c.mesh.fsdp = 8  # ours: a node of GPUs; on TPU a share of the width is whole tiles of memory
   c.checkpoint.keep_best = 1
   c.log.validate_every = 1000
   c.log.videos_every = 5000

@@ -26,6 +26,7 @@ Item = TypeVar("Item")
 # `slice`: parts of the machine with a slower network between them, over which only gradients go.
 AXES = ("slice", "data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
+HOST = "pinned_host"  # memory kind: the host's, where devices read and write it themselves
 HEAD_AXES = ("tensor", "sequence")  # of heads while attending; see `videogpt_jax.attention`
 
 # Logical axis -> mesh axes; an axis that is not here, or None, is not split.
@@ -119,6 +120,15 @@ def size(*axes: str) -> int:
   """Over how many devices these axes of the mesh in use split an array; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+
+
+def require_host_memory(mesh: Mesh) -> None:
+  """Raises `InputError` unless the mesh's devices can keep arrays in their host's memory."""
+  device = mesh.devices.flat[0]
+  kinds = {memory.kind for memory in device.addressable_memories()}
+  if kinds and HOST not in kinds:  # devices that are only compiled for may name none
+    raise InputError(f"{device.device_kind} devices cannot keep arrays in the host's memory (they "
+                     f"know {', '.join(sorted(kinds))}); use config.train.offload='none'")
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -35,6 +35,9 @@ OPTIMIZERS = ("adamw", "muon")
 # The mean; one draw for both copies of a frame; one draw for each (as published).
 POSTERIORS = ("mean", "sample", "separate")
 _SPIKE_WARMUP = 100  # updates before any is taken for a spike, and over which norms are averaged
+# What lies in the host's memory between its uses: nothing, the optimizer's moments, or what the
+# backward pass keeps of each layer (remat "offload" of the backbone).
+OFFLOADS = ("none", "optimizer", "activations")
 _POSTERIOR_STREAM = 1 << 20  # of a row's key: noise of the posterior is independent of the rest
 
 
@@ -119,8 +122,9 @@ class TrainState:
 class Recipe:
   """What a train step needs to know, all of it static.
 
-  `posterior` says what becomes of stored moments: see `POSTERIORS`. An update whose gradients
-  have more than `spike` times their typical norm is skipped; 0: none is for its norm.
+  `posterior` says what becomes of stored moments: see `POSTERIORS`; `offload`, what lies in the
+  host's memory: see `OFFLOADS`. An update whose gradients have more than `spike` times their
+  typical norm is skipped; 0: none is for its norm.
   """
 
   model: model.Config
@@ -132,6 +136,7 @@ class Recipe:
   spike: float = 0.0
   accumulation: int = 1
   seed: int = 0
+  offload: str = "none"
 
 
 def init_state(recipe: Recipe) -> TrainState:
@@ -153,7 +158,13 @@ def _state_of(recipe: Recipe, params: Any) -> TrainState:
 
 
 def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
-  """A sharding for every leaf of the state."""
+  """A sharding for every leaf of the state.
+
+  Raises:
+    InputError: something is to lie in the host's memory, and the devices cannot reach it.
+  """
+  if recipe.offload != "none":
+    sharding.require_host_memory(mesh)
   abstract = jax.eval_shape(functools.partial(init_state, recipe))
   found = sharding.of_tree(mesh, dataclasses.replace(abstract, opt_state=()))
   of_params = traverse_util.flatten_dict(nn.meta.unbox(found.params))
@@ -163,7 +174,10 @@ def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     """The path of a moment ends in that of its parameter, and it lies where that lies."""
     keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
     ends = (keys[start:] for start in range(len(keys)))
-    return next((of_params[end] for end in ends if end in of_params), replicated)
+    found = next((of_params[end] for end in ends if end in of_params), replicated)
+    if recipe.offload == "optimizer" and found is not replicated:
+      return found.with_memory_kind(sharding.HOST)
+    return found
 
   return dataclasses.replace(
     found, opt_state=jax.tree_util.tree_map_with_path(of_moment, abstract.opt_state))
@@ -254,11 +268,13 @@ def gradients(recipe: Recipe, params: Any, rng: Array, stored: Array) -> tuple[A
   if recipe.accumulation == 1:
     return grad_fn(params, rng, stored, total)
 
+  rows = batch // recipe.accumulation
   # Every accumulation-th row: a reshape that keeps each device's rows on it.
   parts = lambda x: jnp.moveaxis(
-    x.reshape(batch // recipe.accumulation, recipe.accumulation, *x.shape[1:]), 1, 0
+    x.reshape(rows, recipe.accumulation, *x.shape[1:]), 1, 0
   )
-  shapes = jax.eval_shape(grad_fn, params, rng[:1], stored[:1], total)
+  # Of as many rows as there will be: a mesh may be unable to split fewer.
+  shapes = jax.eval_shape(grad_fn, params, rng[:rows], stored[:rows], total)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
   def add(carry: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
@@ -281,6 +297,9 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   if recipe.spike:
     good &= (kept < _SPIKE_WARMUP) | (norm <= recipe.spike * state.typical_norm)
 
+  if recipe.offload == "optimizer":
+    here = jax.device_put(state.opt_state, jax.memory.Space.Device)
+    state = dataclasses.replace(state, opt_state=here)
   updates, opt_state = make_optimizer(recipe.optimizer).update(
     grads, state.opt_state, state.params
   )

@@ -1,32 +1,34 @@
-"""Compiles programs for a target in a process of its own, and reports what came out.
+"""Compiles programs for a kind of chip, and reports what came out."""
 
-A process of its own because the compilers read their settings once, from the environment;
-those that other tests want (no optimisation, say) would falsify the result.
-"""
-
-import collections
-from concurrent import futures
-from concurrent.futures import process
-import contextlib
 import dataclasses
-import multiprocessing
+import math
 import os
 import pathlib
 import re
-import signal
 import tempfile
-from unittest import mock
 
-import hardware
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+import numpy as np
 import programs
 
 from videogpt_jax import attention
 from videogpt_jax import sharding
+from videogpt_jax.aot import hlo
+from videogpt_jax.aot import process
+from videogpt_jax.aot import topology
 
-_SETTINGS = ("JAX_", "XLA_", "TPU_", "LIBTPU_", "MOSAIC_GPU_")
-_SECONDS = 600
+# One chip, and a slice (or two hosts) of 16.
+TARGETS = {
+    "v5e": ("v5e:1x1", "v5e:4x4"),
+    "v5p": ("v5p:1x1x1", "v5p:2x2x4"),
+    "v6e": ("v6e:1x1", "v6e:4x4"),
+    "h100": ("h100:1", "h100:2x8"),
+    "h200": ("h200:1", "h200:2x8"),
+    "l4": ("l4:1", "l4:2x8"),
+}
 _known = []  # kernels that this process compiled
 
 
@@ -56,84 +58,45 @@ class Report:
 
 
 class Compiler:
-  """Compiles for one target, one program after the other."""
+  """Compiles for one kind of chip, one program after the other, in a process of its own."""
 
-  def __init__(self, target: hardware.Target) -> None:
-    self._target = target
+  def __init__(self, name: str) -> None:
+    self._topologies = [topology.parse(each) for each in TARGETS[name]]
     self._folder = tempfile.TemporaryDirectory(prefix="videogpt_aot_")
-    self._process = _process()
+    self._process = process.Compiler(self._topologies[0], MOSAIC_GPU_DUMP_TO=self._folder.name)
 
   def __call__(self, program: programs.Program) -> Report:
-    """The report.
-
-    Raises:
-      RuntimeError: the compiler crashed or does not end; else whatever it raises itself.
-    """
-    try:
-      with _environment(pathlib.Path(self._folder.name)):  # the first call starts the process
-        return self._process.submit(_compile, self._target, program).result()
-    except process.BrokenProcessPool as error:
-      self._process = _process()  # for the next program
-      raise RuntimeError(f"the compiler crashed, or took over {_SECONDS} s") from error
+    """The report. Raises `RuntimeError` if the compiler crashed, else what it raises itself."""
+    where = self._topologies[math.prod(program.mesh) > 1]
+    return self._process(_compile, where, program)
 
   def close(self) -> None:
     """Ends the process."""
-    self._process.shutdown(cancel_futures=True)
+    self._process.close()
     self._folder.cleanup()
 
 
-def _process() -> futures.ProcessPoolExecutor:
-  return futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-
-
-@contextlib.contextmanager
-def _environment(folder: pathlib.Path):
-  """Default settings of the compilers, but for what it takes to have no accelerator."""
-  kept = {name: x for name, x in os.environ.items() if not name.startswith(_SETTINGS)}
-  new = kept | {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no TPU that only one process may hold
-    "JAX_PLATFORMS": "cpu",
-    "MOSAIC_GPU_DUMP_TO": str(folder),
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # libtpu wants one; the topology is what counts
-    "TPU_LOG_DIR": "disabled",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-  }
-  with mock.patch.dict(os.environ, new, clear=True):
-    yield
-
-
-def _compile(target: hardware.Target, program: programs.Program) -> Report:
+def _compile(where: topology.Topology, program: programs.Program) -> Report:
   """Runs in the process of its own."""
   folder = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
   for file in folder.iterdir():  # of a program before
     file.unlink()
-  signal.alarm(_SECONDS)  # ends the process, whatever it is doing
-  try:
-    mesh = target.mesh(program.mesh)
-    function, shapes = program.build(target.attention, mesh)
-    devices = list(mesh.devices.flat)
-    # Code that asks what it runs on (block sizes by device, "auto") is told the target.
-    with mock.patch.object(jax, "devices", lambda *_: devices), \
-         mock.patch.object(jax, "default_backend", lambda: target.backend), sharding.use(mesh):
-      auto = attention.resolve("auto", 1 << 10, 1 << 10, program.head_size,
-                               jnp.dtype(program.dtype))
-      compiled = jax.jit(function).trace(*shapes).lower().compile()
-  finally:
-    signal.alarm(0)
-  kernels, memory, text = _kernels(folder), compiled.memory_analysis(), compiled.as_text()
+  devices = where.devices()
+  mesh = Mesh(np.reshape(devices, program.mesh), sharding.AXES,
+              axis_types=(AxisType.Auto,) * len(sharding.AXES))
+  function, shapes = program.build(where.chip.attention, mesh)
+  with process.pretending(devices, where.chip.backend), sharding.use(mesh):
+    auto = attention.resolve("auto", 1 << 10, 1 << 10, program.head_size,
+                             jnp.dtype(program.dtype))
+    compiled = jax.jit(function).trace(*shapes).lower().compile()
+  kernels, memory = _kernels(folder), compiled.memory_analysis()
+  traffic = hlo.read(compiled.as_text(), len(devices))
   _known.extend(kernels)
   return Report(
       arguments=memory.argument_size_in_bytes, results=memory.output_size_in_bytes,
-      temporaries=memory.temp_size_in_bytes,
-      calls=_count(r'custom_call_target="([^"]+)"', text),
-      collectives=_count(r" (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)"
-                         r"(?:-start)?\(", text),
+      temporaries=memory.temp_size_in_bytes, calls=traffic.calls,
+      collectives={kind: count for kind, (count, _) in traffic.by_kind().items()},
       kernels=kernels, kernels_so_far=len(_known), auto=auto)
-
-
-def _count(pattern: str, text: str) -> dict[str, int]:
-  return dict(collections.Counter(re.findall(pattern, text)))
 
 
 def _kernels(folder: pathlib.Path) -> tuple[Kernel, ...]:

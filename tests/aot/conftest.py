@@ -6,8 +6,11 @@ import os
 import pathlib
 
 import compiling
-import hardware
 import pytest
+
+from videogpt_jax.aot import chips
+from videogpt_jax.aot import facts
+from videogpt_jax.aot import topology
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +23,7 @@ def compilers():
       for other in current.values():
         other.close()
       current.clear()
-      current[name] = compiling.Compiler(hardware.TARGETS[name])
+      current[name] = compiling.Compiler(name)
     return current[name]
 
   yield compiler
@@ -39,17 +42,34 @@ def reports():
 
 @pytest.fixture
 def compile_for(compilers, reports):
-  """A function (target's name, program) -> report; skips where the toolchain is missing.
+  """A function (chip's name, program) -> report; skips where the toolchain is missing.
 
   With VIDEOGPT_AOT=required in the environment it fails instead.
   """
   def run(name, program):
-    missing = hardware.missing(hardware.TARGETS[name].platform)
-    if missing:
-      reason = f"no compiler for {name}: {missing} missing; pip install -e '.[aot]'"
-      (pytest.fail if os.environ.get("VIDEOGPT_AOT") == "required" else pytest.skip)(reason)
+    _require(name)
     report = compilers(name)(program)
     reports.append({"target": name, "program": repr(program), **dataclasses.asdict(report)})
     return report
 
   return run
+
+
+@pytest.fixture
+def train_step(reports):
+  """A function (topology's name, configuration) -> facts of its train step; skips likewise."""
+  def run(name, config):
+    where = topology.parse(name)
+    _require(where.chip.name)
+    found = facts.of_topology(config, where)
+    reports.append({"target": name, "program": config.name,
+                    **dataclasses.asdict(dataclasses.replace(found, places=()))})
+    return found
+
+  return run
+
+
+def _require(name):
+  if missing := topology.missing(chips.CHIPS[name].platform):
+    reason = f"no compiler for {name}: {missing} missing; pip install -e '.[aot]'"
+    (pytest.fail if os.environ.get("VIDEOGPT_AOT") == "required" else pytest.skip)(reason)

@@ -6,13 +6,15 @@ not with its square. That they compute what they should is for other tests, and 
 for a device.
 """
 
-import hardware
+import compiling
 from programs import ALL_AXES
 from programs import Attention
 from programs import Clip
 from programs import Layer
 from programs import ONE
 import pytest
+
+from videogpt_jax.aot import chips
 
 pytestmark = pytest.mark.aot
 
@@ -22,7 +24,7 @@ _CALL = {"tpu": "tpu_custom_call", "gpu": "mosaic_gpu_v2"}
 
 def _assert_kernels(report, name, least):
   """At least so many calls of the target's kernels and of no other's; good code on GPUs."""
-  implementation = hardware.TARGETS[name].attention
+  implementation = chips.CHIPS[name].attention
   assert report.auto == implementation
   for other, call in _CALL.items():
     if other == implementation:
@@ -37,7 +39,7 @@ def _assert_kernels(report, name, least):
     assert not kernel.serialized, kernel
 
 
-@pytest.mark.parametrize("name", hardware.TARGETS, scope="session")
+@pytest.mark.parametrize("name", compiling.TARGETS, scope="session")
 def test_forward_at_full_size(compile_for, name):
   """80 frames of 220 patches, 32 heads of 96: at most a few copies of the inputs beside them."""
   report = compile_for(name, Attention())
@@ -45,7 +47,7 @@ def test_forward_at_full_size(compile_for, name):
   assert report.temporaries < 1.5 * _GIB
 
 
-@pytest.mark.parametrize("name", hardware.TARGETS, scope="session")
+@pytest.mark.parametrize("name", compiling.TARGETS, scope="session")
 def test_gradients_at_full_size(compile_for, name):
   """Forward and backward; the scores alone would be 74 GiB."""
   report = compile_for(name, Attention(gradient=True))

@@ -1,16 +1,18 @@
 """Speed and memory of the train step: `python -m videogpt_jax.benchmarks.train_step`.
 
     python -m videogpt_jax.benchmarks.train_step --case=laptop
+    python -m videogpt_jax.benchmarks.train_step --case=full_stage4      # one H200
     python -m videogpt_jax.benchmarks.train_step --config=configs/world.py
+    python -m videogpt_jax.benchmarks.train_step --growth
 
-The step is the one that training runs, or, for a case, forward and backward alone, as it
-was measured for the published implementation. The last line printed is one JSON object.
+The step is the one that training runs, or, for the laptop's cases, forward and backward alone,
+as it was measured for the published implementation. `--growth` measures the laptop's model with
+8 to 80 frames, one a clip, and draws docs/growth.png. The last line printed is one JSON object;
+it is written into benchmarks/results, too (`--out=-`: not).
 """
 
-from collections.abc import Mapping
-import dataclasses
 import functools
-import json
+import pathlib
 import time
 from typing import Any
 
@@ -19,7 +21,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from videogpt_jax import backbone
 from videogpt_jax import cli
 from videogpt_jax import codec
 from videogpt_jax import flops
@@ -28,41 +29,10 @@ from videogpt_jax import model
 from videogpt_jax import objective
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
-
-# The published PyTorch implementation with its dense mask, forward and backward on 2 cores of
-# an x86-64 server CPU of about 190 GFLOP/s (float32 2048^3 product).
-PUBLISHED = {
-  "laptop": {"seconds_per_step": 1.63, "useful_tokens_per_s": 1133.0, "peak_rss_mib": 1140.0},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """What is measured: a recipe and the stored latents [B, N, h, w, C or 2C] it is fed."""
-
-  recipe: step_lib.Recipe
-  latents: tuple[int, int, int, int, int]
-  update: bool  # the whole train step, or forward and backward alone
-  mesh: Mapping[str, int]
-  cpu_devices: int  # see `machine.split_cpu`
-
-
-def laptop() -> Case:
-  """Hidden 384, 6 layers, 16 frames of 64 patches in clips of 4, batch 1, float32."""
-  stack = backbone.Config(hidden_size=384, intermediate_size=1024, num_layers=6, num_heads=6,
-                          num_kv_heads=6)
-  pixels = codec.Pixels(block=4)
-  recipe = step_lib.Recipe(
-    model=model.Config(backbone=stack, channels=pixels.channels, patch_size=2),
-    codec=pixels,
-    objective=objective.fixed((4, 4, 4, 4)),
-    optimizer=step_lib.OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1))
-  mesh = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": -1}  # its batch is one video
-  return Case(recipe, (1, 16, 16, 16, pixels.channels), update=False, mesh=mesh,
-              cpu_devices=min(2, machine.usable_cores()))
-
-
-CASES = {"laptop": laptop}
+from videogpt_jax.benchmarks import growth
+from videogpt_jax.benchmarks import report
+from videogpt_jax.benchmarks import train_step_cases
+from videogpt_jax.benchmarks.train_step_cases import Case
 
 
 def from_config(config: Any) -> Case:
@@ -81,8 +51,7 @@ def from_config(config: Any) -> Case:
 def measure(case: Case, steps: int) -> dict[str, Any]:
   """Runs `steps` timed steps after one that compiles; the median step counts."""
   mesh = sharding.make_mesh(case.mesh)
-  stored = jax.random.randint(jax.random.key(0), case.latents, 0, 256)
-  stored = jax.device_put(stored.astype(case.recipe.codec.dtype), sharding.rows(mesh))
+  stored = jax.device_put(_latents(case), sharding.rows(mesh))
   with sharding.use(mesh):
     run, carry = _update(case, mesh) if case.update else _gradients(case, mesh)
     began = time.perf_counter()
@@ -96,13 +65,14 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
   median = sorted(seconds)[len(seconds) // 2]
   cost = flops.training(case.recipe.model, case.recipe.objective, case.latents[0],
                         (*case.latents[1:-1], case.recipe.codec.channels))
-  peak_rss = machine.peak_rss_mib()
-  rate = machine.product_rate()
+  peaks = machine.peak_rss_mib(), _peak_device_mib(mesh)
   return {
     "device": jax.devices()[0].device_kind,
-    "devices": jax.device_count(),
+    "devices": mesh.size,
     "jax": jax.__version__,
     "measured": "train step" if case.update else "forward and backward",
+    "videos": case.latents[0],
+    "frames": case.latents[1],
     "seconds_per_step": median,
     "fastest_step_s": min(seconds),
     "first_step_s": first,
@@ -111,10 +81,40 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     "useful_tokens_per_s": cost.tokens / median,
     "flops_per_step": cost.total,
     "gflops_per_s": cost.total / median / 1e9,
-    "product_gflops_per_s": rate / 1e9,
-    "utilisation": cost.total / median / rate,
-    "peak_rss_mib": peak_rss,
+    **_rates(cost.total / median / mesh.size),
+    "peak_rss_mib": peaks[0],
+    **({"peak_device_mib": peaks[1]} if peaks[1] else {}),
   }
+
+
+def _latents(case: Case) -> jax.Array:
+  """Random stored latents: bytes, or for an autoencoder means and log-variances near zero."""
+  key, kind = jax.random.key(0), case.recipe.codec.dtype
+  if kind.kind == "u":
+    return jax.random.randint(key, case.latents, 0, 256).astype(kind)
+  return jax.random.normal(key, case.latents).astype(kind)
+
+
+def _rates(rate: float) -> dict[str, float]:
+  """Of a device that does so many needed FLOP/s: MFU, and the share of a measured product's.
+
+  CPU: all devices are parts of one, and the measured rate is what the MFU is measured against.
+  """
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    product = machine.product_rate() / jax.device_count()
+    return {"product_gflops_per_s": product * jax.device_count() / 1e9,
+            "utilisation": rate / product}
+  product = machine.product_rate(8192, jnp.bfloat16)
+  peak = machine.peak_flops_per_device(device)
+  return {"product_gflops_per_s": product / 1e9, "utilisation": rate / product,
+          **({"peak_gflops_per_s": peak / 1e9, "mfu": rate / peak} if peak else {})}
+
+
+def _peak_device_mib(mesh: jax.sharding.Mesh) -> float:
+  """The most memory in use on a device so far; 0 if the platform does not say."""
+  stats = [device.memory_stats() or {} for device in mesh.local_devices]
+  return max(each.get("peak_bytes_in_use", 0) for each in stats) / 2**20
 
 
 def _update(case: Case, mesh: jax.sharding.Mesh):
@@ -138,7 +138,13 @@ def _gradients(case: Case, mesh: jax.sharding.Mesh):
 def main() -> None:
   """Reads the flags and measures."""
   f = flags.FLAGS
-  case = from_config(f.config) if f.config is not None else CASES[f.case]()
+  if f.growth:
+    result = {"benchmark": "train_step_growth", **growth.measure(f.steps)}
+    growth.plot(result["lengths"], pathlib.Path(f.plot))
+    print(f"wrote {f.plot}")
+    report.finish(result, f.out, "train_step_growth_cpu.json")
+    return
+  case = from_config(f.config) if f.config is not None else train_step_cases.of(f.case)
   devices = case.cpu_devices if f.cpu_devices is None else f.cpu_devices
   if devices:
     machine.split_cpu(devices)
@@ -146,16 +152,20 @@ def main() -> None:
   name = f.config.name if f.config is not None else f.case
   for key, value in result.items():
     print(f"  {key:<22}{value:.4g}" if isinstance(value, float) else f"  {key:<22}{value}")
-  published = PUBLISHED.get(name) if f.config is None else None
+  published = train_step_cases.PUBLISHED.get(name) if f.config is None else None
   if published:
     ratio = published["seconds_per_step"] / result["seconds_per_step"]
     result |= {"published": published, "speedup_vs_published": ratio}
     print(f"  {ratio:.2f} times the published implementation's speed (on its own machine)")
-  print(json.dumps({"benchmark": "train_step", "case": name, **result}))
+  report.finish({"benchmark": "train_step", "case": name, **result}, f.out,
+                f"train_step_{name}.json")
 
 
 if __name__ == "__main__":
-  flags.DEFINE_enum("case", "laptop", sorted(CASES), "What to measure, without --config.")
+  flags.DEFINE_enum("case", "laptop", train_step_cases.NAMES, "What to measure, without --config.")
+  flags.DEFINE_bool("growth", False, "Measure the laptop's model by the number of frames.")
+  flags.DEFINE_string("plot", "docs/growth.png", "Where --growth draws.")
+  flags.DEFINE_string("out", "", "JSON file; default: by case, in benchmarks/results; -: none.")
   flags.DEFINE_integer("steps", 5, "Timed steps.", lower_bound=1)
   flags.DEFINE_integer("cpu_devices", None, "On CPU: devices that the cores are shared among; "
                        "default: as the case or the configuration says.", lower_bound=1)
