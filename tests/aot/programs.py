@@ -25,8 +25,8 @@ from videogpt_jax import sharding
 from videogpt_jax import step
 from videogpt_jax.benchmarks import rollout as rollout_benchmark
 
-ONE = (1, 1, 1, 1)  # a mesh of one chip
-ALL_AXES = (2, 2, 2, 2)  # one that splits everything
+ONE = (1, 1, 1, 1, 1)  # a mesh of one chip
+ALL_AXES = (1, 2, 2, 2, 2)  # one that splits everything in a slice
 
 
 @dataclasses.dataclass(frozen=True)
