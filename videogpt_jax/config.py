@@ -17,6 +17,7 @@ from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import model as model_lib
 from videogpt_jax import objective as objective_lib
+from videogpt_jax import optimizer as optimizer_lib
 from videogpt_jax import rollout
 from videogpt_jax import sampler as sampler_lib
 from videogpt_jax import step as step_lib
@@ -159,15 +160,16 @@ def _train() -> ConfigDict:
 
 
 def _optimizer() -> ConfigDict:
-  """AdamW, or Muon for the matrices of the stack and AdamW for the rest."""
+  """AdamW; Muon for the matrices of the stack and AdamW for the rest; or Adafactor."""
   c = ConfigDict()
-  c.name = "adamw"  # adamw, muon
+  c.name = "adamw"  # adamw, muon, adafactor
   c.learning_rate = 1e-3
   c.warmup_steps = 100
   c.cooldown_steps = 0  # linear decay to zero over the last steps; 0: constant
   c.b1 = 0.9
   c.b2 = 0.95
   c.eps = 1e-8
+  c.moments = "float32"  # type of the first moment: float32, bfloat16
   c.weight_decay = 0.1
   c.clip_norm = 1.0
   return c
@@ -244,7 +246,8 @@ def validate(config: ConfigDict) -> None:
       if not fits(leaf(config, name)):
         raise InputError(f"config.{name} must be {wanted}, got {leaf(config, name)}")
   _validate_model(config)
-  _one_of(config, "optimizer.name", step_lib.OPTIMIZERS)
+  _one_of(config, "optimizer.name", optimizer_lib.NAMES)
+  _one_of(config, "optimizer.moments", optimizer_lib.MOMENTS)
   _one_of(config, "data.posterior", step_lib.POSTERIORS)
   codec(config)
   _validate_clips(config)
@@ -422,10 +425,10 @@ def objective(config: ConfigDict) -> objective_lib.Objective:
 def recipe(config: ConfigDict) -> step_lib.Recipe:
   """The train step of a configuration."""
   o = config.optimizer
-  optimizer = step_lib.OptimizerConfig(
+  optimizer = optimizer_lib.Config(
       name=o.name, learning_rate=o.learning_rate, warmup_steps=o.warmup_steps,
       total_steps=config.train.steps, cooldown_steps=o.cooldown_steps, b1=o.b1, b2=o.b2, eps=o.eps,
-      weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+      weight_decay=o.weight_decay, clip_norm=o.clip_norm, moments=o.moments)
   return step_lib.Recipe(
       model=model(config), codec=codec(config), objective=objective(config), optimizer=optimizer,
       posterior=config.data.posterior, ema_decay=config.train.ema_decay,

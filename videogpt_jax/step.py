@@ -1,4 +1,4 @@
-"""The train step: state, optimizer, one pure function from (state, batch) to (state, metrics).
+"""The train step: its state, and one pure function from (state, batch) to (state, metrics).
 
 Nothing here reads files or configurations, so benchmarks build the very step that
 training runs.
@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 import optax
-import optax.contrib
 
-from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import flow
 from videogpt_jax import model
 from videogpt_jax import objective as objective_lib
+from videogpt_jax import optimizer as optimizer_lib
 from videogpt_jax import sharding
 
 NOISE_BINS = 5  # the loss is logged by time t in as many equal bins
@@ -31,69 +30,9 @@ CLIP_BINS = 8  # and by clip index, the last bin holding all later clips
 Metrics = dict[str, Array]
 
 
-OPTIMIZERS = ("adamw", "muon")
 # The mean; one draw for both copies of a frame; one draw for each (as published).
 POSTERIORS = ("mean", "sample", "separate")
 _POSTERIOR_STREAM = 1 << 20  # of a row's key: noise of the posterior is independent of the rest
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """AdamW with global-norm clipping; decay on all parameters, as published.
-
-  With `name` "muon", the matrices of the stack take steps along their orthogonalised momentum
-  (of 0.95; Jordan et al., https://kellerjordan.github.io/posts/muon), scaled to the root mean
-  square of AdamW's (Liu et al., arXiv 2502.16982), so that both share a learning rate; the rest
-  goes by AdamW with Nesterov momentum, as `optax.contrib.muon` has it.
-
-  The learning rate rises linearly over `warmup_steps`, stays, and over the last
-  `cooldown_steps` (if any) of `total_steps` falls linearly to zero.
-  """
-
-  learning_rate: float
-  warmup_steps: int
-  total_steps: int
-  cooldown_steps: int = 0
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
-  clip_norm: float = 1.0
-  name: str = "adamw"
-
-
-def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-  """Learning rate by optimizer step."""
-  # The first step moves already: with one warm-up step or none, at the full rate.
-  warmup = optax.linear_schedule(0.0, config.learning_rate, max(1, config.warmup_steps))
-  shifted = lambda step: warmup(step + 1)
-  if not config.cooldown_steps:
-    return shifted
-  begin = config.total_steps - config.cooldown_steps
-  cooldown = optax.linear_schedule(config.learning_rate, 0.0, config.cooldown_steps)
-  return optax.join_schedules([shifted, cooldown], [begin])
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """The optimizer of `config`, of parameter trees without boxes."""
-  rate, decay = learning_rate(config), config.weight_decay
-  if config.name == "muon":
-    rule = optax.contrib.muon(
-      rate, eps=config.eps, weight_decay=decay, adam_b1=config.b1, adam_b2=config.b2,
-      adam_weight_decay=decay, muon_weight_dimension_numbers=_matrices, consistent_rms=0.2)
-  else:
-    rule = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=decay)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
-
-
-def _matrices(params: Any) -> Any:
-  """Which axes of which parameters are matrices for Muon; None for the others."""
-  flat = traverse_util.flatten_dict(params, sep="/")
-  prefix = "backbone/layers/"
-  numbers = dict.fromkeys(flat) | {
-    prefix + name: optax.contrib.MuonDimensionNumbers(*axes)
-    for name, axes in backbone.MATRICES.items()}
-  return traverse_util.unflatten_dict(numbers, sep="/")
 
 
 @flax.struct.dataclass
@@ -122,7 +61,7 @@ class Recipe:
   model: model.Config
   codec: codec_lib.Codec
   objective: objective_lib.Objective
-  optimizer: OptimizerConfig
+  optimizer: optimizer_lib.Config
   posterior: str = "mean"
   ema_decay: float = 0.999
   accumulation: int = 1
@@ -140,7 +79,7 @@ def _state_of(recipe: Recipe, params: Any) -> TrainState:
     step=zero,
     params=params,
     ema=jax.tree.map(jnp.copy, params),
-    opt_state=make_optimizer(recipe.optimizer).init(nn.meta.unbox(params)),
+    opt_state=optimizer_lib.make(recipe.optimizer).init(nn.meta.unbox(params)),
     bad_steps=zero,
     skipped=zero,
   )
@@ -151,16 +90,9 @@ def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
   abstract = jax.eval_shape(functools.partial(init_state, recipe))
   found = sharding.of_tree(mesh, dataclasses.replace(abstract, opt_state=()))
   of_params = traverse_util.flatten_dict(nn.meta.unbox(found.params))
-  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-  def of_moment(path: tuple[Any, ...], _: Any) -> jax.sharding.Sharding:
-    """The path of a moment ends in that of its parameter, and it lies where that lies."""
-    keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-    ends = (keys[start:] for start in range(len(keys)))
-    return next((of_params[end] for end in ends if end in of_params), replicated)
-
+  shapes = traverse_util.flatten_dict(nn.meta.unbox(abstract.params))
   return dataclasses.replace(
-    found, opt_state=jax.tree_util.tree_map_with_path(of_moment, abstract.opt_state))
+    found, opt_state=optimizer_lib.shardings(abstract.opt_state, shapes, of_params, mesh))
 
 
 def create_state(recipe: Recipe, mesh: jax.sharding.Mesh, params: Any = None) -> TrainState:
@@ -272,7 +204,7 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss_sum"])
 
-  updates, opt_state = make_optimizer(recipe.optimizer).update(
+  updates, opt_state = optimizer_lib.make(recipe.optimizer).update(
     grads, state.opt_state, state.params
   )
   params = optax.apply_updates(state.params, updates)

@@ -27,6 +27,7 @@ from videogpt_jax import config as config_lib
 from videogpt_jax import flops
 from videogpt_jax import held_out
 from videogpt_jax import machine
+from videogpt_jax import optimizer as optimizer_lib
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
@@ -254,7 +255,7 @@ class TrainLog:
     self._run = run
     self._late: tuple[int, step_lib.Metrics] | None = None
     self._fetched: list[dict[str, np.ndarray]] = []
-    self._schedule = step_lib.learning_rate(run.recipe.optimizer)
+    self._schedule = optimizer_lib.learning_rate(run.recipe.optimizer)
     cost = _expected_cost(run)
     device = jax.devices()[0]
     peak = machine.peak_flops_per_device(device)

@@ -20,6 +20,7 @@ from videogpt_jax import layout
 from videogpt_jax import mask
 from videogpt_jax import model
 from videogpt_jax import objective
+from videogpt_jax import optimizer
 from videogpt_jax import rollout
 from videogpt_jax import sharding
 from videogpt_jax import step
@@ -95,7 +96,7 @@ class Layer:
     recipe = step.Recipe(
         model=model.Config(backbone=stack, channels=pixels.channels), codec=pixels,
         objective=objective.next_clip(objective.random_partition),
-        optimizer=step.OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1))
+        optimizer=optimizer.Config(learning_rate=1e-4, warmup_steps=1, total_steps=1))
     stored = jax.ShapeDtypeStruct((self.batch, self.frames, 22, 40, pixels.channels),
                                   pixels.dtype, sharding=sharding.rows(mesh))
 

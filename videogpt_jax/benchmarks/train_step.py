@@ -26,6 +26,7 @@ from videogpt_jax import flops
 from videogpt_jax import machine
 from videogpt_jax import model
 from videogpt_jax import objective
+from videogpt_jax import optimizer
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 
@@ -56,7 +57,7 @@ def laptop() -> Case:
     model=model.Config(backbone=stack, channels=pixels.channels, patch_size=2),
     codec=pixels,
     objective=objective.fixed((4, 4, 4, 4)),
-    optimizer=step_lib.OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1))
+    optimizer=optimizer.Config(learning_rate=1e-4, warmup_steps=1, total_steps=1))
   mesh = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": -1}  # its batch is one video
   return Case(recipe, (1, 16, 16, 16, pixels.channels), update=False, mesh=mesh,
               cpu_devices=min(2, machine.usable_cores()))
