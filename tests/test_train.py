@@ -24,6 +24,7 @@ from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
 from videogpt_jax import train
+from videogpt_jax import weights as weights_lib
 from videogpt_jax.data import pipeline
 from videogpt_jax.errors import InputError
 
@@ -289,6 +290,27 @@ def test_resume_goes_before_init_from_goes_before_scratch(tiny, finished, steps,
   _assert_equal(resumed.params, checkpoint.load_params(finished.workdir, "params")[0])
   with pytest.raises(InputError, match="not there"):
     _find_state(tiny, tmp_path / "new")
+
+
+def test_without_an_ema_the_parameters_are_shown(tiny, finished, tmp_path):
+  """No copy is kept, in memory or on disk; and a run may begin or cease to keep one."""
+  tiny.train.ema_decay, tiny.train.steps = 0.0, 6
+  train.train(tiny, str(tmp_path))
+  saved = checkpoint.saved_tree(tmp_path / checkpoint.FOLDER / "6")
+  assert set(saved) == {"step", "params", "opt_state", "bad_steps", "skipped"}
+  params = checkpoint.load_params(tmp_path, "params")[0]
+  _assert_equal(checkpoint.load_params(tmp_path)[0], params)
+  _assert_equal(weights_lib.load(str(tmp_path)).params, params)
+  state = _find_state(tiny, tmp_path)
+  assert state.ema is None and state.shown is state.params
+  tiny.train.ema_decay = 0.999
+  _assert_equal(jax.device_get(_find_state(tiny, tmp_path).ema), params)
+
+  tiny.train.ema_decay = 0.0
+  ceased = _find_state(tiny, finished.workdir)
+  assert ceased.ema is None
+  saved = checkpoint.load_params(finished.workdir, "params")[0]
+  _assert_equal(jax.device_get(ceased.params), saved)
 
 
 def test_init_from_another_model_is_refused(tiny, finished, tmp_path):

@@ -154,7 +154,7 @@ def _train() -> ConfigDict:
   c.steps = 1000
   c.batch_size = 16  # global
   c.accumulation = 1  # microbatches a step
-  c.ema_decay = 0.999
+  c.ema_decay = 0.999  # of the averaged parameters that are shown; 0: none are kept
   c.max_bad_steps = 10  # stop after so many non-finite updates in a row
   return c
 

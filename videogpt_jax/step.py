@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from flax import serialization
 from flax import traverse_util
 import flax.linen as nn
 import flax.struct
@@ -39,8 +40,9 @@ _POSTERIOR_STREAM = 1 << 20  # of a row's key: noise of the posterior is indepen
 class TrainState:
   """Everything that a step changes.
 
-  `step` counts batches seen and is the data position. `bad_steps` counts updates skipped
-  in a row because loss or gradients were not finite, `skipped` all of them.
+  `step` counts batches seen and is the data position. `ema` is the moving average of the
+  parameters; None: none is kept. `bad_steps` counts updates skipped in a row because loss or
+  gradients were not finite, `skipped` all of them.
   """
 
   step: Int[Array, ""]
@@ -50,12 +52,31 @@ class TrainState:
   bad_steps: Int[Array, ""]
   skipped: Int[Array, ""]
 
+  @property
+  def shown(self) -> Any:
+    """The parameters to predict with: the average where there is one."""
+    return self.params if self.ema is None else self.ema
+
+
+def _to_saved(state: TrainState) -> dict[str, Any]:
+  fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  return {name: serialization.to_state_dict(x) for name, x in fields.items() if x is not None}
+
+
+def _from_saved(state: TrainState, saved: dict[str, Any]) -> TrainState:
+  return dataclasses.replace(state, **{
+    name: serialization.from_state_dict(getattr(state, name), x) for name, x in saved.items()})
+
+
+# What is not there has no entry in a checkpoint.
+serialization.register_serialization_state(TrainState, _to_saved, _from_saved, override=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
   """What a train step needs to know, all of it static.
 
-  `posterior` says what becomes of stored moments: see `POSTERIORS`.
+  `posterior` says what becomes of stored moments: see `POSTERIORS`; `ema_decay` of 0 is no EMA.
   """
 
   model: model.Config
@@ -78,7 +99,7 @@ def _state_of(recipe: Recipe, params: Any) -> TrainState:
   return TrainState(
     step=zero,
     params=params,
-    ema=jax.tree.map(jnp.copy, params),
+    ema=jax.tree.map(jnp.copy, params) if recipe.ema_decay else None,
     opt_state=optimizer_lib.make(recipe.optimizer).init(nn.meta.unbox(params)),
     bad_steps=zero,
     skipped=zero,
@@ -90,7 +111,8 @@ def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
   abstract = jax.eval_shape(functools.partial(init_state, recipe))
   found = sharding.of_tree(mesh, dataclasses.replace(abstract, opt_state=()))
   of_params = traverse_util.flatten_dict(nn.meta.unbox(found.params))
-  shapes = traverse_util.flatten_dict(nn.meta.unbox(abstract.params))
+  # Unboxed inside: under a mesh that is where sharding constraints can be met.
+  shapes = traverse_util.flatten_dict(jax.eval_shape(nn.meta.unbox, abstract.params))
   return dataclasses.replace(
     found, opt_state=optimizer_lib.shardings(abstract.opt_state, shapes, of_params, mesh))
 
@@ -208,9 +230,11 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
     grads, state.opt_state, state.params
   )
   params = optax.apply_updates(state.params, updates)
-  count = state.step.astype(jnp.float32)
-  decay = jnp.minimum(recipe.ema_decay, (1 + count) / (10 + count))  # follows fast at first
-  ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+  ema = None
+  if state.ema is not None:
+    count = state.step.astype(jnp.float32)
+    decay = jnp.minimum(recipe.ema_decay, (1 + count) / (10 + count))  # follows fast at first
+    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
 
   keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
   bad = jnp.where(finite, 0, state.bad_steps + 1)

@@ -98,7 +98,7 @@ def _loop(run: Run, state: step_lib.TrainState, start: int,
         log.catch_up()
       with log.progress.paused():
         for evaluator in due:
-          evaluator(done, state.ema)
+          evaluator(done, state.shown)
         if save:
           checkpoints.save(done, state, run.extra())
         checkpoints.check()
@@ -328,8 +328,8 @@ class Validation:
     """Whether to run after `step` steps."""
     return step % self._run.config.log.validate_every == 0 or step == self._run.config.train.steps
 
-  def __call__(self, step: int, ema: Any) -> None:
-    values = {f"validation/{name}": value for name, value in self._loss(ema).items()}
+  def __call__(self, step: int, params: Any) -> None:
+    values = {f"validation/{name}": value for name, value in self._loss(params).items()}
     self._run.writer.scalars(step, values)
     print(f"step {step} held-out loss {values['validation/loss']:.5f}", flush=True)
 
@@ -357,7 +357,7 @@ class Videos:
     last = step == config.train.steps
     return bool(self._count) and (step % config.log.videos_every == 0 or last)
 
-  def __call__(self, step: int, ema: Any) -> None:
+  def __call__(self, step: int, params: Any) -> None:
     run, sample = self._run, self._run.config.sample
     frames = run.config.data.frames
     count = self._count
@@ -366,7 +366,7 @@ class Videos:
       seed=run.config.seed))
     codec = run.recipe.codec
     truth = codec.decode(rows.latents)
-    model = weights_lib.Weights(run.recipe.model, ema, codec, run.config.to_dict(), run.workdir,
+    model = weights_lib.Weights(run.recipe.model, params, codec, run.config.to_dict(), run.workdir,
                                 run.mesh)
     new = model.continue_video(truth[:, :sample.history], frames - sample.history,
                                rng=jax.random.key(run.config.seed))
