@@ -41,7 +41,8 @@ _DAMAGED = "damaged-"
 CHUNK_BYTES = 128 << 20  # of the stored arrays: a part of one can be read alone, and in parallel
 
 # Leaves of `config.model` that change how the model is computed, not what it is.
-_HOW_ONLY = {"model": set(backbone.NUMERICS), "codec": {"path", "moments", "precision", "tile"}}
+_HOW_ONLY = {"model": set(backbone.NUMERICS), "codec": {"path", "moments", "precision", "tile"},
+             "lora": {"base_dtype"}}
 
 
 class Checkpoints:
@@ -222,16 +223,16 @@ def compare(now: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     saved: the `extra` of the checkpoint (`Checkpoints.latest_extra`).
 
   Returns:
-    One line for each difference in the model, the codec or the data; empty if none.
+    One line for each difference in the model, its adapters, the codec or the data; empty if none.
     Settings that only change how a model is computed, and all others (steps, learning
     rate, ...), may differ, and so may settings that one side does not know.
   """
   differences = []
-  for section in ("model", "codec"):
+  for section, how_only in _HOW_ONLY.items():
     ours = _leaves(now["config"].get(section, {}))
     theirs = _leaves(saved["config"].get(section, {}))
     for name in sorted(ours.keys() & theirs.keys()):
-      if name in _HOW_ONLY[section]:
+      if name in how_only:
         continue
       if _plain(ours[name]) != _plain(theirs[name]):
         differences.append(
@@ -303,10 +304,14 @@ class SavedLeaf:
 
 
 class SavedParams(NamedTuple):
-  """Parameters in a checkpoint by path `a/b/c`, and the configuration saved beside them."""
+  """Parameters in a checkpoint by path `a/b/c`, and what was saved beside them.
+
+  That is the configuration and, if they are adapters, a record of their base.
+  """
 
   leaves: dict[str, SavedLeaf]
   config: dict[str, Any]
+  base: dict[str, Any] | None
 
 
 def open_params(
@@ -316,7 +321,8 @@ def open_params(
   folder, entry, tree = _entry(path, which)
   leaves = {name: SavedLeaf(folder, (entry, *name.split("/")), leaf.shape, np.dtype(leaf.dtype))
             for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
-  return SavedParams(leaves, read_extra(folder)["config"])
+  extra = read_extra(folder)
+  return SavedParams(leaves, extra["config"], extra.get("base"))
 
 
 def seal(folder: pathlib.Path) -> None:

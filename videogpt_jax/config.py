@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from videogpt_jax import attention
 from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
+from videogpt_jax import lora as lora_lib
 from videogpt_jax import model as model_lib
 from videogpt_jax import objective as objective_lib
 from videogpt_jax import optimizer as optimizer_lib
@@ -40,6 +41,7 @@ def default() -> ConfigDict:
   c.clips = _clips()
   c.train = _train()
   c.optimizer = _optimizer()
+  c.lora = _lora()
   c.mesh = _mesh()
   c.checkpoint = _checkpoint()
   c.log = _log()
@@ -175,6 +177,16 @@ def _optimizer() -> ConfigDict:
   return c
 
 
+def _lora() -> ConfigDict:
+  """Adapters that are trained in place of the model, which stays that of checkpoint.init_from."""
+  c = ConfigDict()
+  c.rank = 0  # of the adapters; 0: none, all parameters are trained
+  c.alpha = 16.0  # what they add is scaled by alpha / rank
+  c.targets = lora_lib.TARGETS  # matrices of a layer that have one
+  c.base_dtype = "auto"  # the base is kept in: float32, bfloat16; auto: the compute type
+  return c
+
+
 def _mesh() -> ConfigDict:
   """Devices along each axis; -1 takes what is left."""
   c = ConfigDict()
@@ -249,6 +261,7 @@ def validate(config: ConfigDict) -> None:
   _one_of(config, "optimizer.name", optimizer_lib.NAMES)
   _one_of(config, "optimizer.moments", optimizer_lib.MOMENTS)
   _one_of(config, "data.posterior", step_lib.POSTERIORS)
+  _validate_lora(config)
   codec(config)
   _validate_clips(config)
   if config.train.batch_size % config.train.accumulation:
@@ -303,6 +316,26 @@ def _validate_model(config: ConfigDict) -> None:
   _one_of(config, "model.attention", ("auto", *attention.IMPLEMENTATIONS))
   _one_of(config, "model.remat", tuple(backbone.REMAT_POLICIES))
   fit(config)
+
+
+def _validate_lora(config: ConfigDict) -> None:
+  adapters = config.lora
+  _one_of(config, "lora.base_dtype", ("auto", "float32", "bfloat16"))
+  if adapters.rank < 0:
+    raise InputError(f"config.lora.rank must be at least 0, got {adapters.rank}")
+  if not adapters.rank:
+    return
+  if not adapters.alpha > 0:
+    raise InputError(f"config.lora.alpha must be positive, got {adapters.alpha}")
+  if not adapters.targets or not set(adapters.targets) <= set(lora_lib.TARGETS):
+    raise InputError(f"config.lora.targets must be some of {', '.join(lora_lib.TARGETS)}; got "
+                     f"{tuple(adapters.targets)}")
+  if not config.checkpoint.init_from:
+    raise InputError("config.lora.rank is above 0: adapters need the weights they belong to; give "
+                     "config.checkpoint.init_from")
+  if config.optimizer.name == "muon":
+    raise InputError("config.optimizer.name 'muon' is for whole matrices, not for adapters; use "
+                     "'adamw' or 'adafactor' with config.lora.rank")
 
 
 def _validate_clips(config: ConfigDict) -> None:
@@ -422,6 +455,18 @@ def objective(config: ConfigDict) -> objective_lib.Objective:
   return objective_lib.next_clip(partition, clips.beta)
 
 
+def adapted(config: ConfigDict) -> model_lib.Config:
+  """The model that is trained: as `model`, with the adapters of `config.lora` if there are any."""
+  plain = model(config)
+  if not config.lora.rank:
+    return plain
+  kind = config.lora.base_dtype
+  adapters = lora_lib.Config(
+      rank=config.lora.rank, alpha=config.lora.alpha, targets=tuple(config.lora.targets),
+      base_dtype=plain.backbone.dtype if kind == "auto" else backbone.compute_dtype(kind))
+  return dataclasses.replace(plain, backbone=dataclasses.replace(plain.backbone, lora=adapters))
+
+
 def recipe(config: ConfigDict) -> step_lib.Recipe:
   """The train step of a configuration."""
   o = config.optimizer
@@ -430,7 +475,7 @@ def recipe(config: ConfigDict) -> step_lib.Recipe:
       total_steps=config.train.steps, cooldown_steps=o.cooldown_steps, b1=o.b1, b2=o.b2, eps=o.eps,
       weight_decay=o.weight_decay, clip_norm=o.clip_norm, moments=o.moments)
   return step_lib.Recipe(
-      model=model(config), codec=codec(config), objective=objective(config), optimizer=optimizer,
+      model=adapted(config), codec=codec(config), objective=objective(config), optimizer=optimizer,
       posterior=config.data.posterior, ema_decay=config.train.ema_decay,
       accumulation=config.train.accumulation, seed=config.seed)
 

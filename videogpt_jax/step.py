@@ -20,6 +20,7 @@ import optax
 
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import flow
+from videogpt_jax import lora
 from videogpt_jax import model
 from videogpt_jax import objective as objective_lib
 from videogpt_jax import optimizer as optimizer_lib
@@ -38,11 +39,12 @@ _POSTERIOR_STREAM = 1 << 20  # of a row's key: noise of the posterior is indepen
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a step changes.
+  """Everything that a step changes, and what it is computed from.
 
-  `step` counts batches seen and is the data position. `ema` is the moving average of the
-  parameters; None: none is kept. `bad_steps` counts updates skipped in a row because loss or
-  gradients were not finite, `skipped` all of them.
+  `step` counts batches seen and is the data position. `params` are what is trained: all of the
+  model, or adapters beside the frozen `base`. `ema` is their moving average; None: none is kept.
+  `bad_steps` counts updates skipped in a row because loss or gradients were not finite,
+  `skipped` all of them.
   """
 
   step: Int[Array, ""]
@@ -51,15 +53,17 @@ class TrainState:
   opt_state: Any
   bad_steps: Int[Array, ""]
   skipped: Int[Array, ""]
+  base: Any = None
 
   @property
   def shown(self) -> Any:
-    """The parameters to predict with: the average where there is one."""
-    return self.params if self.ema is None else self.ema
+    """The model's parameters to predict with: the average where there is one."""
+    return lora.join(self.base, self.params if self.ema is None else self.ema)
 
 
 def _to_saved(state: TrainState) -> dict[str, Any]:
   fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  del fields["base"]
   return {name: serialization.to_state_dict(x) for name, x in fields.items() if x is not None}
 
 
@@ -68,7 +72,7 @@ def _from_saved(state: TrainState, saved: dict[str, Any]) -> TrainState:
     name: serialization.from_state_dict(getattr(state, name), x) for name, x in saved.items()})
 
 
-# What is not there has no entry in a checkpoint.
+# A checkpoint has no entry for what is not there, and none for the base.
 serialization.register_serialization_state(TrainState, _to_saved, _from_saved, override=True)
 
 
@@ -95,7 +99,10 @@ def init_state(recipe: Recipe) -> TrainState:
 
 
 def _state_of(recipe: Recipe, params: Any) -> TrainState:
-  zero = jnp.zeros((), jnp.int32)
+  base, zero = None, jnp.zeros((), jnp.int32)
+  if adapters := recipe.model.backbone.lora:
+    base, params = lora.split(params)
+    base = model.with_type(base, adapters.base_dtype)
   return TrainState(
     step=zero,
     params=params,
@@ -103,6 +110,7 @@ def _state_of(recipe: Recipe, params: Any) -> TrainState:
     opt_state=optimizer_lib.make(recipe.optimizer).init(nn.meta.unbox(params)),
     bad_steps=zero,
     skipped=zero,
+    base=base,
   )
 
 
@@ -118,9 +126,19 @@ def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def create_state(recipe: Recipe, mesh: jax.sharding.Mesh, params: Any = None) -> TrainState:
-  """A fresh state, every leaf born with its sharding; of `params` (donated), if there are some."""
+  """A fresh state, every leaf born with its sharding.
+
+  Args:
+    recipe: what is trained.
+    mesh: of devices.
+    params: to start from, if there are some: of the whole model, donated; or of the base.
+  """
   shardings = nn.meta.unbox(state_shardings(recipe, mesh))
   with sharding.use(mesh):
+    if params is not None and recipe.model.backbone.lora:
+      fresh = lambda: dataclasses.replace(nn.meta.unbox(init_state(recipe)), base=None)
+      return dataclasses.replace(
+        jax.jit(fresh, out_shardings=dataclasses.replace(shardings, base=None))(), base=params)
     if params is not None:
       init = functools.partial(_state_of, recipe)
       return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
@@ -182,23 +200,25 @@ def seen_latents(
   return latents, draw(1) if recipe.posterior == "separate" else latents
 
 
-def _loss(recipe: Recipe, params: Any, rng: Array, stored: Array, total: Array):
+def _loss(recipe: Recipe, params: Any, rng: Array, stored: Array, total: Array, base: Any = None):
   draw, blocks = recipe.objective(rng, *seen_latents(recipe, rng, stored))
-  x1 = model.predict(recipe.model, params, draw.clean, draw.noisy, draw.t, blocks)
+  x1 = model.predict(recipe.model, lora.join(base, params), draw.clean, draw.noisy, draw.t, blocks)
   loss, aux = flow.loss(x1, draw, normalizer=total)
   return loss, loss_metrics(aux)
 
 
-def gradients(recipe: Recipe, params: Any, rng: Array, stored: Array) -> tuple[Any, Metrics]:
+def gradients(recipe: Recipe, params: Any, rng: Array, stored: Array, base: Any = None
+              ) -> tuple[Any, Metrics]:
   """Gradients of the global batch and its loss sums, over `accumulation` microbatches.
 
-  Every real frame of the global batch weighs the same, whichever part it stands in.
+  Every real frame of the global batch weighs the same, whichever part it stands in. There are
+  gradients with respect to `params` alone, which may be adapters of the frozen `base`.
   """
   batch = stored.shape[0]
   draws = lambda keys, x: recipe.objective(keys, *seen_latents(recipe, keys, x))[0].target
   frames = jax.eval_shape(draws, rng, stored).shape[1]
   total = jnp.float32(batch * frames)
-  grad_fn = jax.grad(functools.partial(_loss, recipe), has_aux=True)
+  grad_fn = jax.grad(functools.partial(_loss, recipe, base=base), has_aux=True)
   if recipe.accumulation == 1:
     return grad_fn(params, rng, stored, total)
 
@@ -222,7 +242,7 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   stay as they are, and the skip is counted.
   """
   rng = objective_lib.row_keys(recipe.seed, state.step, stored.shape[0])
-  grads, metrics = gradients(recipe, state.params, rng, stored)
+  grads, metrics = gradients(recipe, state.params, rng, stored, state.base)
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss_sum"])
 
@@ -245,6 +265,7 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
     opt_state=keep(opt_state, state.opt_state),
     bad_steps=bad,
     skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+    base=state.base,
   )
   metrics |= {"grad_norm": norm, "bad_steps": bad, "skipped": state.skipped}
   return state, metrics

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from videogpt_jax import attention
+from videogpt_jax import base as base_lib
 from videogpt_jax import checkpoint
 from videogpt_jax import cli
 from videogpt_jax import codec as codec_lib
@@ -49,10 +50,12 @@ class Run:
   source: pipeline.Mixture
   validation: pipeline.Mixture
   writer: telemetry.Writer
+  base: base_lib.Base | None = None
 
   def extra(self) -> dict[str, Any]:
     """What is saved beside the state."""
-    return {"config": self.config.to_dict(), "fingerprint": self.source.fingerprint}
+    base = {} if self.base is None else {"base": self.base.record()}
+    return {"config": self.config.to_dict(), "fingerprint": self.source.fingerprint, **base}
 
 
 def train(config: ConfigDict, workdir: str) -> int:
@@ -70,10 +73,11 @@ def train(config: ConfigDict, workdir: str) -> int:
     workdir, keep=config.checkpoint.keep, save_every=config.checkpoint.every
   )
   with contextlib.closing(opened) as checkpoints:
-    state = find_state(config, recipe, mesh, checkpoints, source.fingerprint)
+    base = open_base(config)
+    state = find_state(config, recipe, mesh, checkpoints, source.fingerprint, base)
     start = int(state.step)
     with contextlib.closing(telemetry.Writer(workdir, start + 1)) as writer:
-      run = Run(config, workdir, recipe, mesh, source, validation, writer)
+      run = Run(config, workdir, recipe, mesh, source, validation, writer, base)
       with sharding.use(mesh), cli.stop_signal() as stop:
         return _loop(run, state, start, checkpoints, stop)
 
@@ -184,8 +188,13 @@ def check_devices(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
 
 
 def find_state(config: ConfigDict, recipe: step_lib.Recipe, mesh: jax.sharding.Mesh,
-               checkpoints: checkpoint.Checkpoints, fingerprint: str) -> step_lib.TrainState:
-  """The state to start from. Precedence: resume > init from > scratch."""
+               checkpoints: checkpoint.Checkpoints, fingerprint: str,
+               base: base_lib.Base | None = None) -> step_lib.TrainState:
+  """The state to start from. Precedence: resume > init from > scratch.
+
+  Adapters have a `base` (see `open_base`), which is read in any case.
+  """
+  abstract = step_lib.abstract_state(recipe, mesh)
   saved = checkpoints.latest_extra()
   if saved is not None:
     now = {"config": config.to_dict(), "fingerprint": fingerprint}
@@ -195,33 +204,48 @@ def find_state(config: ConfigDict, recipe: step_lib.Recipe, mesh: jax.sharding.M
         f"{checkpoints.directory.parent} holds a run that this one cannot resume: "
         + "; ".join(differences) + "; use another --workdir, or the run's own settings"
       )
-    restored = checkpoints.restore(step_lib.abstract_state(recipe, mesh))
+    if base is not None:
+      base.recognise(saved.get("base"), str(checkpoints.directory.parent))
+    restored = checkpoints.restore(abstract)
     assert restored is not None
+    if base is not None:
+      frozen = initial_params(base.source, recipe, abstract.base)
+      restored = restored[0], dataclasses.replace(restored[1], base=frozen)
     print(f"resuming {checkpoints.directory.parent} at step {restored[0]}", flush=True)
     return restored[1]
   if not config.checkpoint.init_from:
     return step_lib.create_state(recipe, mesh)
-  wanted = step_lib.abstract_state(recipe, mesh).params
-  params = initial_params(config.checkpoint.init_from, recipe, wanted)
+  if base is not None:
+    params = initial_params(base.source, recipe, abstract.base)
+  else:
+    params = initial_params(config.checkpoint.init_from, recipe, abstract.params)
   print(f"starting from the weights of {config.checkpoint.init_from}", flush=True)
   return step_lib.create_state(recipe, mesh, params)
 
 
-def initial_params(path: str, recipe: step_lib.Recipe, wanted: Any) -> Any:
-  """The weights at `path`, placed as the tree `wanted` says.
+def open_base(config: ConfigDict) -> base_lib.Base | None:
+  """The weights that adapters are trained beside; None: everything is trained."""
+  if not config.lora.rank:
+    return None
+  return base_lib.Base(weights_lib.open_source(config.checkpoint.init_from))
+
+
+def initial_params(source: str | weights_lib.Source, recipe: step_lib.Recipe, wanted: Any) -> Any:
+  """The weights of `source`, or at that path, placed as the tree `wanted` says and in its types.
 
   Raises:
     InputError: they belong to another model, or to latents scaled otherwise.
   """
-  source = weights_lib.open_source(path)
-  shardings = {}
+  if isinstance(source, str):
+    source = weights_lib.open_source(source)
+  path, places = source.path, {}
   for name, leaf in traverse_util.flatten_dict(wanted, sep="/").items():
     found = source.leaves.get(name)
     if found is None or tuple(found.shape) != leaf.shape:
       there = "absent" if found is None else f"of shape {tuple(found.shape)}"
       raise InputError(f"{path} holds another model: the parameter {name} is {there}, "
                        f"{leaf.shape} is needed")
-    shardings[name] = leaf.sharding
+    places[name] = leaf
   differences = config_lib.model_differences(recipe.model, source.model)
   theirs, ours = codec_lib.from_settings(source.config["codec"]).spec(), recipe.codec.spec()
   differences += [f"--config.codec.{name}={theirs.get(name)} (it is {ours.get(name)!r} here)"
@@ -230,8 +254,8 @@ def initial_params(path: str, recipe: step_lib.Recipe, wanted: Any) -> Any:
   if differences:
     raise InputError(f"{path} holds a model of other settings; to go on from it, give "
                      + " ".join(differences))
-  return weights_lib.parameters(
-    source, lambda name, array: jax.device_put(array, shardings[name]))
+  return weights_lib.parameters(source, lambda name, array: jax.device_put(
+    array.astype(places[name].dtype, copy=False), places[name].sharding))
 
 
 def training_batches(run: Run, start: int) -> Generator[pipeline.Batch, None, None]:
