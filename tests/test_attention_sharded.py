@@ -54,7 +54,7 @@ pixels = codec.Pixels(block=4)
 recipe = step.Recipe(
     model=model.Config(backbone=stack, channels=pixels.channels, patch_size=2), codec=pixels,
     objective=objective.next_clip(objective.random_partition),
-    optimizer=step.OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1))
+    optimizer=optimizer_lib.Config(learning_rate=1e-4, warmup_steps=1, total_steps=1))
 stored = jax.random.randint(jax.random.key(0), (4, 5, 4, 4, pixels.channels), 0, 256)
 stored = stored.astype(pixels.dtype)
 keys = objective.row_keys(0, jnp.int32(0), 4)

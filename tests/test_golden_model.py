@@ -11,10 +11,10 @@ from videogpt_jax import backbone
 from videogpt_jax import flow
 from videogpt_jax import layout
 from videogpt_jax import model
+from videogpt_jax import optimizer as optimizer_lib
 from videogpt_jax import published
 from videogpt_jax import rollout
 from videogpt_jax import sampler as sampler_lib
-from videogpt_jax import step
 
 _TRAINING = golden.index("forward_train_index")
 _SAMPLER = golden.index("sampler_index")
@@ -101,7 +101,7 @@ def test_golden_three_steps_of_adamw():
   spec, case = golden.index("adamw_index"), golden.arrays("adamw")
   config, params = golden.load_model(spec["model"])
   clip, valid, draw = _batch(case, spec["frame_blocks"])
-  optimizer = step.make_optimizer(step.OptimizerConfig(
+  optimizer = optimizer_lib.make(optimizer_lib.Config(
       learning_rate=spec["lr"], warmup_steps=0, total_steps=spec["steps"], b1=spec["betas"][0],
       b2=spec["betas"][1], eps=spec["eps"], weight_decay=spec["weight_decay"],
       clip_norm=spec["max_grad_norm"]))

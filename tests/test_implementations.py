@@ -13,6 +13,7 @@ from videogpt_jax import backbone
 from videogpt_jax import codec
 from videogpt_jax import model
 from videogpt_jax import objective
+from videogpt_jax import optimizer
 from videogpt_jax import rollout
 from videogpt_jax import step
 
@@ -49,7 +50,7 @@ def test_training(implementation):
     recipe = step.Recipe(
       model=_model(attention), codec=_PIXELS,
       objective=objective.next_clip(objective.random_partition),
-      optimizer=step.OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1))
+      optimizer=optimizer.Config(learning_rate=1e-4, warmup_steps=1, total_steps=1))
     return jax.jit(functools.partial(step.gradients, recipe))(
         _params(), keys, stored.astype(_PIXELS.dtype))
 

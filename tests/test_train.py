@@ -12,8 +12,6 @@ import subprocess
 import sys
 import time
 
-from flax import traverse_util
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
@@ -22,15 +20,14 @@ import optax
 import pytest
 
 import tiny_run
-from videogpt_jax import backbone
 from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
-from videogpt_jax import model
 from videogpt_jax import retention
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
 from videogpt_jax import train
+from videogpt_jax import weights as weights_lib
 from videogpt_jax.data import pipeline
 from videogpt_jax.errors import InputError
 from videogpt_jax.telemetry import goodput
@@ -169,116 +166,6 @@ def _assert_same_gradient(opt_state, expected):
 
 
 # The optimizer ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("warmup", "cooldown", "expected"), [
-  (4, 0, [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]),
-  (1, 0, [2.0] * 8),
-  (0, 0, [2.0] * 8),
-  (2, 4, [1.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5]),
-])
-def test_learning_rate(warmup, cooldown, expected):
-  schedule = step_lib.learning_rate(step_lib.OptimizerConfig(2.0, warmup, 8, cooldown))
-  np.testing.assert_allclose([schedule(n) for n in range(8)], expected)
-
-
-def test_adamw_with_decay_on_all_parameters_and_global_norm_clipping():
-  """Against the published formulas in float64, on gradients below and above the norm."""
-  config = step_lib.OptimizerConfig(learning_rate=0.1, warmup_steps=2, total_steps=10)
-  optimizer = step_lib.make_optimizer(config)
-  rng = np.random.default_rng(0)
-  params = {"scale": rng.normal(size=3), "kernel": rng.normal(size=(2, 3))}
-  ours = jax.tree.map(jnp.float32, params)
-  state = optimizer.init(ours)
-  m = jax.tree.map(np.zeros_like, params)
-  v = jax.tree.map(np.zeros_like, params)
-  for n, size in enumerate((0.01, 10.0, 0.3, 1e-3), start=1):
-    grads = jax.tree.map(lambda x, s=size: s * rng.normal(size=x.shape), params)
-    norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
-    assert (norm > 1) == (size == 10.0)
-    rate = 0.1 * min(1, n / 2)
-    for name, p in params.items():
-      g = grads[name] / max(norm, 1.0)
-      m[name] = 0.9 * m[name] + 0.1 * g
-      v[name] = 0.95 * v[name] + 0.05 * g**2
-      step = m[name] / (1 - 0.9**n) / (np.sqrt(v[name] / (1 - 0.95**n)) + 1e-8)
-      params[name] = p - rate * (step + 0.1 * p)
-    updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, ours)
-    ours = optax.apply_updates(ours, updates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), ours, params)
-
-
-@pytest.fixture(scope="module")
-def muon(tiny_data):
-  """A recipe with Muon, its parameters, gradients, and the first update of these."""
-  c = tiny_run.config(tiny_data)
-  c.optimizer.name, c.optimizer.eps = "muon", 1e-3
-  recipe = config_lib.recipe(c)
-  params = nn.meta.unbox(model.init_params(recipe.model, 0))
-  rng = np.random.default_rng(0)
-  grads = jax.tree.map(lambda x: jnp.float32(0.01 * rng.normal(size=x.shape)), params)
-  optimizer = step_lib.make_optimizer(recipe.optimizer)
-  update, _ = optimizer.update(grads, optimizer.init(params), params)
-  return recipe, params, grads, update
-
-
-def test_muon_orthogonalises_every_matrix_of_the_stack(muon):
-  """Against the singular value decomposition in float64: U V^T, scaled as AdamW's steps are."""
-  recipe, params, grads, update = muon
-  rate, decay = recipe.optimizer.learning_rate / 2, recipe.optimizer.weight_decay  # warm-up of 2
-  b = recipe.model.backbone
-  D, F, H, G, E = (b.hidden_size, b.intermediate_size, b.num_heads, b.num_kv_heads, b.head_size)
-  matrices = {  # of layer 1
-    ("attention", "q"): lambda x: [x[1].reshape(D, H * E)],
-    ("attention", "kv"): lambda x: [x[1, :, k].reshape(D, G * E) for k in range(2)],
-    ("attention", "o"): lambda x: [x[1].reshape(H * E, D)],
-    ("mlp", "gate_up"): lambda x: [x[1, :, k] for k in range(2)],
-    ("mlp", "down"): lambda x: [x[1]],
-  }
-  assert F != D
-  for (part, name), split in matrices.items():
-    trees = (params, grads, update)
-    for w, g, u in zip(*(split(np.float64(t["backbone"]["layers"][part][name])) for t in trees),
-                       strict=True):
-      left, _, right = np.linalg.svd(g, full_matrices=False)
-      moved = -(u + rate * decay * w) / (rate * 0.2 * np.sqrt(max(g.shape)))
-      assert (moved * (left @ right)).sum() / np.linalg.norm(moved) > 0.9 * np.sqrt(min(g.shape))
-      values = np.linalg.svd(moved, compute_uv=False)
-      assert values.min() > 0.5 and values.max() < 1.3  # what five Newton-Schulz steps give
-
-
-def test_muon_leaves_the_rest_to_adamw_with_nesterov_momentum(muon):
-  recipe, params, grads, update = muon
-  o = recipe.optimizer
-  grads = jax.tree.map(lambda g: g * jnp.minimum(1, o.clip_norm / optax.tree.norm(grads)), grads)
-  adamw = optax.adamw(o.learning_rate / 2, o.b1, o.b2, o.eps, weight_decay=o.weight_decay,
-                      nesterov=True)
-  theirs, _ = adamw.update(grads, adamw.init(params), params)
-  for tree in (update, theirs):
-    del tree["backbone"]["layers"]["attention"], tree["backbone"]["layers"]["mlp"]
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), update, theirs)
-
-
-def test_moments_lie_where_their_parameters_lie(muon):
-  recipe, *_ = muon
-  mesh = AbstractMesh((1, 1, 4, 1, 2), tuple(sharding.AXES))
-  for name in step_lib.OPTIMIZERS:
-    optimizer = dataclasses.replace(recipe.optimizer, name=name)
-    state = nn.meta.unbox(step_lib.state_shardings(
-      dataclasses.replace(recipe, optimizer=optimizer), mesh))
-    lies = traverse_util.flatten_dict(state.params)
-    moments = dict.fromkeys(lies, 0)
-    for path, where in jax.tree_util.tree_leaves_with_path(state.opt_state):
-      keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-      parameter = next((keys[n:] for n in range(len(keys)) if keys[n:] in lies), None)
-      if parameter is None:
-        assert where.is_fully_replicated  # a count
-      else:
-        assert where == lies[parameter], parameter
-        moments[parameter] += 1
-    few = {keys for keys, count in moments.items() if count == 1}  # Muon has one, AdamW two
-    assert set(moments.values()) <= {1, 2}
-    assert len(few) == (len(backbone.MATRICES) if name == "muon" else 0)
 
 
 def test_muon_resumes_bit_for_bit(tiny, tmp_path):
@@ -482,6 +369,27 @@ def test_resume_goes_before_init_from_goes_before_scratch(tiny, finished, steps,
   _assert_equal(resumed.params, checkpoint.load_params(finished.workdir, "params")[0])
   with pytest.raises(InputError, match="not there"):
     _find_state(tiny, tmp_path / "new")
+
+
+def test_without_an_ema_the_parameters_are_shown(tiny, finished, tmp_path):
+  """No copy is kept, in memory or on disk; and a run may begin or cease to keep one."""
+  tiny.train.ema_decay, tiny.train.steps = 0.0, 6
+  train.train(tiny, str(tmp_path))
+  saved = checkpoint.saved_tree(tmp_path / checkpoint.FOLDER / "6")
+  assert set(saved) == {"step", "params", "opt_state", "bad_steps", "skipped"}
+  params = checkpoint.load_params(tmp_path, "params")[0]
+  _assert_equal(checkpoint.load_params(tmp_path)[0], params)
+  _assert_equal(weights_lib.load(str(tmp_path)).params, params)
+  state = _find_state(tiny, tmp_path)
+  assert state.ema is None and state.shown is state.params
+  tiny.train.ema_decay = 0.999
+  _assert_equal(jax.device_get(_find_state(tiny, tmp_path).ema), params)
+
+  tiny.train.ema_decay = 0.0
+  ceased = _find_state(tiny, finished.workdir)
+  assert ceased.ema is None
+  saved = checkpoint.load_params(finished.workdir, "params")[0]
+  _assert_equal(jax.device_get(ceased.params), saved)
 
 
 def test_init_from_another_model_is_refused(tiny, finished, tmp_path):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from videogpt_jax import attention
+from videogpt_jax import lora as lora_lib
 from videogpt_jax import mask
 from videogpt_jax import sharding
 from videogpt_jax.attention import blocks
@@ -25,7 +26,7 @@ from videogpt_jax.attention import blocks
 _ROPE_ORIGINAL = 4096  # positions that Phi-3 was trained on before its context was extended
 
 
-NUMERICS = ("dtype", "attention", "remat")  # of `Config`: how it is computed, not what
+NUMERICS = ("dtype", "attention", "remat", "lora")  # of `Config`: how it is computed, not what
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Config:
     dtype: compute type; parameters stay float32.
     attention: implementation, see `videogpt_jax.attention`.
     remat: what the backward pass computes again, a key of `REMAT_POLICIES`.
+    lora: adapters beside the matrices, in training alone: for prediction they are merged.
   """
 
   hidden_size: int
@@ -62,6 +64,7 @@ class Config:
   dtype: Any = jnp.float32
   attention: str = "auto"
   remat: str = "none"
+  lora: lora_lib.Config | None = None
 
   @property
   def head_size(self) -> int:
@@ -208,6 +211,23 @@ def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
   return module.param(name, named, shape, jnp.float32)
 
 
+def weight(module: nn.Module, config: Config, name: str, shape: tuple[int, ...],
+           axes: tuple[str, ...], inner: int = 1) -> lora_lib.Weight:
+  """A kernel of the stack, with its adapter if it has one; the first `inner` axes are summed."""
+  w = kernel(module, name, shape, axes, tuple(range(inner)))
+  return lora_lib.Weight(w, *lora_lib.factors(module, config.lora, name, shape, axes, inner))
+
+
+def multiply(
+    config: Config, x: Float[Array, "*lead inner"], weight: lora_lib.Weight, axes: int = 1
+) -> Float[Array, "*lead outer"]:
+  """As `contract`, with what the adapter adds."""
+  out = contract(x, weight.w, axes)
+  if config.lora is None or weight.a is None or weight.b is None:
+    return out
+  return out + config.lora.scale * contract(contract(x, weight.a, axes), weight.b)
+
+
 # The matrices of a stack of layers, for optimizers that treat them as such: of each leaf of
 # `Backbone`'s `layers` the axes summed over and those made; all others count matrices.
 MATRICES = {
@@ -250,11 +270,11 @@ class Attention(nn.Module):
     """
     c = self.config
     D, H, G, E = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_size
-    w_DHE = kernel(self, "q", (D, H, E), ("embed", "heads", "head"))
-    w_D2GE = kernel(self, "kv", (D, 2, G, E), ("embed", "kv", "kv_heads", "head"))
-    w_HED = kernel(self, "o", (H, E, D), ("heads", "head", "embed"), (0, 1))
-    q_BLHE = rotate(contract(x_BLD, w_DHE), context.cos, context.sin)
-    own = KeysValues(contract(x_BLD, w_D2GE[:, 0]), contract(x_BLD, w_D2GE[:, 1]))
+    w_DHE = weight(self, c, "q", (D, H, E), ("embed", "heads", "head"))
+    w_D2GE = weight(self, c, "kv", (D, 2, G, E), ("embed", "kv", "kv_heads", "head"))
+    w_HED = weight(self, c, "o", (H, E, D), ("heads", "head", "embed"), inner=2)
+    q_BLHE = rotate(multiply(c, x_BLD, w_DHE), context.cos, context.sin)
+    own = KeysValues(*(multiply(c, x_BLD, w_D2GE.part(i)) for i in range(2)))
     q_BLHE = nn.with_logical_constraint(q_BLHE, ("batch", "length", "heads", "head"))
     k_BLGE, v_BLGE = rotate(own.keys, context.cos, context.sin), own.values
     if past is not None:
@@ -262,7 +282,7 @@ class Attention(nn.Module):
       v_BLGE = jnp.concatenate([past.values, attention.by_heads(v_BLGE)], axis=1)
     out_BLHE = attention.attend(q_BLHE, k_BLGE, v_BLGE, context.ranks_q, context.ranks_k,
                                 context.block_map, implementation=c.attention)
-    return contract(out_BLHE, w_HED, axes=2), own
+    return multiply(c, out_BLHE, w_HED, axes=2), own
 
 
 class MLP(nn.Module):
@@ -274,11 +294,11 @@ class MLP(nn.Module):
   def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     c = self.config
     D, F = c.hidden_size, c.intermediate_size
-    w_D2F = kernel(self, "gate_up", (D, 2, F), ("embed", "gate_up", "mlp"))
-    w_FD = kernel(self, "down", (F, D), ("mlp", "embed"))
+    w_D2F = weight(self, c, "gate_up", (D, 2, F), ("embed", "gate_up", "mlp"))
+    w_FD = weight(self, c, "down", (F, D), ("mlp", "embed"))
     # Two products: slicing their joint result would pad its gradient, which is far larger.
-    hidden_BLF = swiglu(contract(x_BLD, w_D2F[:, 0]), contract(x_BLD, w_D2F[:, 1]))
-    return contract(hidden_BLF, w_FD)
+    hidden_BLF = swiglu(*(multiply(c, x_BLD, w_D2F.part(i)) for i in range(2)))
+    return multiply(c, hidden_BLF, w_FD)
 
 
 class Layer(nn.Module):

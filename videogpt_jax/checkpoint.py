@@ -22,6 +22,7 @@ from etils import epath
 from flax import serialization
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -34,6 +35,8 @@ PyTree = Any
 
 FOLDER = "checkpoints"
 STATE = "state"
+EMA = "ema"  # entry of the state: parameters averaged over steps; some runs keep none
+PARAMS = "params"
 EXTRA = "extra"
 HELD_OUT = "held_out"  # in EXTRA: the held-out loss at the step, if it was measured
 _CHECKSUMS = "checksums.json"
@@ -42,7 +45,8 @@ _DAMAGED = "damaged-"
 CHUNK_BYTES = 128 << 20  # of the stored arrays: a part of one can be read alone, and in parallel
 
 # Leaves of `config.model` that change how the model is computed, not what it is.
-_HOW_ONLY = {"model": set(backbone.NUMERICS), "codec": {"path", "moments", "precision", "tile"}}
+_HOW_ONLY = {"model": set(backbone.NUMERICS), "codec": {"path", "moments", "precision", "tile"},
+             "lora": {"base_dtype"}}
 
 
 class Checkpoints:
@@ -178,6 +182,9 @@ class Checkpoints:
   def restore(self, target: PyTree) -> tuple[int, PyTree] | None:
     """The newest whole checkpoint as (step, state), or None if there is none.
 
+    An EMA that the target lacks is not read; one that the checkpoint lacks starts from the
+    parameters.
+
     Args:
       target: the tree to fill: arrays, or `jax.ShapeDtypeStruct`s whose shardings say
         where each leaf goes (no sharding: the first device). The devices may differ in
@@ -191,17 +198,21 @@ class Checkpoints:
       return None
     folder = self.directory / str(self._latest)
     wanted = jax.tree.map(_abstract, serialization.to_state_dict(target))
-    differences = _leaf_differences(wanted, saved_tree(folder))
+    saved = saved_tree(folder)
+    fresh_ema = wanted.pop(EMA, None) if EMA not in saved else None
+    if EMA not in wanted:
+      saved.pop(EMA, None)
+    differences = _leaf_differences(wanted, saved)
     if differences:
       raise InputError(
         f"the checkpoint {folder} does not fit this configuration:\n  "
         + "\n  ".join(_first(differences))
         + "\nuse the configuration it was saved with, or another workdir"
       )
-    restored = self._manager.restore(
-      self._latest, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(wanted)})
-    )
-    return self._latest, serialization.from_state_dict(target, restored[STATE])
+    restored = _restore(folder, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+    if fresh_ema is not None:
+      restored[EMA] = jax.tree.map(jnp.copy, restored[PARAMS])
+    return self._latest, serialization.from_state_dict(target, restored)
 
   def _write_checksums(self) -> None:
     """Runs in orbax's thread when all files are complete, just before the rename."""
@@ -251,16 +262,16 @@ def compare(now: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     saved: the `extra` of the checkpoint (`Checkpoints.latest_extra`).
 
   Returns:
-    One line for each difference in the model, the codec or the data; empty if none.
+    One line for each difference in the model, its adapters, the codec or the data; empty if none.
     Settings that only change how a model is computed, and all others (steps, learning
     rate, ...), may differ, and so may settings that one side does not know.
   """
   differences = []
-  for section in ("model", "codec"):
+  for section, how_only in _HOW_ONLY.items():
     ours = _leaves(now["config"].get(section, {}))
     theirs = _leaves(saved["config"].get(section, {}))
     for name in sorted(ours.keys() & theirs.keys()):
-      if name in _HOW_ONLY[section]:
+      if name in how_only:
         continue
       if _plain(ours[name]) != _plain(theirs[name]):
         differences.append(
@@ -283,7 +294,7 @@ def load_params(
 
   Args:
     path: a workdir (its newest whole checkpoint is read) or the folder of one checkpoint.
-    which: the entry of the saved state to read.
+    which: the entry of the saved state to read; where no EMA was kept, that is the parameters.
 
   Returns:
     (nested dict of numpy arrays, configuration as a nested dict).
@@ -291,28 +302,27 @@ def load_params(
   Raises:
     InputError: no checkpoint there, none whole, or no such entry in it.
   """
-  folder, tree = _entry(path, which)
-  return _restore(folder, {which: tree})[which], read_extra(folder)["config"]
+  folder, entry, tree = _entry(path, which)
+  return _restore(folder, {entry: tree})[entry], read_extra(folder)["config"]
 
 
-def _entry(path: str | pathlib.Path, which: str) -> tuple[pathlib.Path, Any]:
-  """The folder of the checkpoint that `path` means, and the tree of one entry of its state."""
+def _entry(path: str | pathlib.Path, which: str) -> tuple[pathlib.Path, str, Any]:
+  """The folder of the checkpoint that `path` means, and of one entry of its state name and tree."""
   folder = find(pathlib.Path(path).absolute())
   tree = saved_tree(folder)
+  if which == EMA and EMA not in tree:
+    which = PARAMS
   if which not in tree:
     raise InputError(f"{folder} holds no {which!r}, only {', '.join(sorted(tree))}")
-  return folder, tree[which]
+  return folder, which, tree[which]
 
 
-def _restore(folder: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
-  """The part of the saved state that the tree `wanted` names, as numpy arrays."""
+def _restore(folder: pathlib.Path, wanted: dict[str, Any], how: Any = None) -> dict[str, Any]:
+  """The part of the saved state that the tree `wanted` names; by default as numpy arrays."""
+  numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
   return ocp.PyTreeCheckpointHandler().restore(
     epath.Path(folder / STATE),
-    args=ocp.args.PyTreeRestore(
-      item=wanted,
-      restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
-      partial_restore=True,
-    ),
+    args=ocp.args.PyTreeRestore(item=wanted, restore_args=how or numpy, partial_restore=True),
   )
 
 
@@ -333,20 +343,25 @@ class SavedLeaf:
 
 
 class SavedParams(NamedTuple):
-  """Parameters in a checkpoint by path `a/b/c`, and the configuration saved beside them."""
+  """Parameters in a checkpoint by path `a/b/c`, and what was saved beside them.
+
+  That is the configuration and, if they are adapters, a record of their base.
+  """
 
   leaves: dict[str, SavedLeaf]
   config: dict[str, Any]
+  base: dict[str, Any] | None
 
 
 def open_params(
   path: str | pathlib.Path, which: Literal["ema", "params"] = "ema"
 ) -> SavedParams:
   """As `load_params`, without reading the parameters. Raises `InputError` as it does."""
-  folder, tree = _entry(path, which)
-  leaves = {name: SavedLeaf(folder, (which, *name.split("/")), leaf.shape, np.dtype(leaf.dtype))
+  folder, entry, tree = _entry(path, which)
+  leaves = {name: SavedLeaf(folder, (entry, *name.split("/")), leaf.shape, np.dtype(leaf.dtype))
             for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
-  return SavedParams(leaves, read_extra(folder)["config"])
+  extra = read_extra(folder)
+  return SavedParams(leaves, extra["config"], extra.get("base"))
 
 
 def seal(folder: pathlib.Path) -> None:

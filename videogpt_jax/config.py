@@ -16,8 +16,10 @@ from videogpt_jax import attention
 from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import layout
+from videogpt_jax import lora as lora_lib
 from videogpt_jax import model as model_lib
 from videogpt_jax import objective as objective_lib
+from videogpt_jax import optimizer as optimizer_lib
 from videogpt_jax import rollout
 from videogpt_jax import sampler as sampler_lib
 from videogpt_jax import step as step_lib
@@ -41,6 +43,7 @@ def default() -> ConfigDict:
   c.clips = _clips()
   c.train = _train()
   c.optimizer = _optimizer()
+  c.lora = _lora()
   c.mesh = _mesh()
   c.checkpoint = _checkpoint()
   c.log = _log()
@@ -159,7 +162,7 @@ def _train() -> ConfigDict:
   # In the host's memory between uses: none; optimizer (its moments); activations (what remat
   # "full" keeps of each layer)
   c.offload = "none"
-  c.ema_decay = 0.999
+  c.ema_decay = 0.999  # of the averaged parameters that are shown; 0: none are kept
   c.spike = 0.0  # skip updates whose gradients have so many times their typical norm; 0: never
   c.max_bad_steps = 10  # so many updates skipped in a row lead back to the last good checkpoint
   c.max_rollbacks = 3  # without a good checkpoint between them; then training stops
@@ -169,17 +172,28 @@ def _train() -> ConfigDict:
 
 
 def _optimizer() -> ConfigDict:
-  """AdamW, or Muon for the matrices of the stack and AdamW for the rest."""
+  """AdamW; Muon for the matrices of the stack and AdamW for the rest; or Adafactor."""
   c = ConfigDict()
-  c.name = "adamw"  # adamw, muon
+  c.name = "adamw"  # adamw, muon, adafactor
   c.learning_rate = 1e-3
   c.warmup_steps = 100
   c.cooldown_steps = 0  # linear decay to zero over the last steps; 0: constant
   c.b1 = 0.9
   c.b2 = 0.95
   c.eps = 1e-8
+  c.moments = "float32"  # type of the first moment: float32, bfloat16
   c.weight_decay = 0.1
   c.clip_norm = 1.0
+  return c
+
+
+def _lora() -> ConfigDict:
+  """Adapters that are trained in place of the model, which stays that of checkpoint.init_from."""
+  c = ConfigDict()
+  c.rank = 0  # of the adapters; 0: none, all parameters are trained
+  c.alpha = 16.0  # what they add is scaled by alpha / rank
+  c.targets = lora_lib.TARGETS  # matrices of a layer that have one
+  c.base_dtype = "auto"  # the base is kept in: float32, bfloat16; auto: the compute type
   return c
 
 
@@ -263,9 +277,11 @@ def validate(config: ConfigDict) -> None:
       if not fits(leaf(config, name)):
         raise InputError(f"config.{name} must be {wanted}, got {leaf(config, name)}")
   _validate_model(config)
-  _one_of(config, "optimizer.name", step_lib.OPTIMIZERS)
+  _one_of(config, "optimizer.name", optimizer_lib.NAMES)
+  _one_of(config, "optimizer.moments", optimizer_lib.MOMENTS)
   _one_of(config, "data.posterior", step_lib.POSTERIORS)
   _one_of(config, "train.watchdog_action", watchdog.ACTIONS)
+  _validate_lora(config)
   codec(config)
   _validate_clips(config)
   if config.train.batch_size % config.train.accumulation:
@@ -326,6 +342,26 @@ def _validate_model(config: ConfigDict) -> None:
     raise InputError("config.train.offload 'activations' moves what config.model.remat 'full' "
                      f"keeps; remat is {m.remat!r}")
   fit(config)
+
+
+def _validate_lora(config: ConfigDict) -> None:
+  adapters = config.lora
+  _one_of(config, "lora.base_dtype", ("auto", "float32", "bfloat16"))
+  if adapters.rank < 0:
+    raise InputError(f"config.lora.rank must be at least 0, got {adapters.rank}")
+  if not adapters.rank:
+    return
+  if not adapters.alpha > 0:
+    raise InputError(f"config.lora.alpha must be positive, got {adapters.alpha}")
+  if not adapters.targets or not set(adapters.targets) <= set(lora_lib.TARGETS):
+    raise InputError(f"config.lora.targets must be some of {', '.join(lora_lib.TARGETS)}; got "
+                     f"{tuple(adapters.targets)}")
+  if not config.checkpoint.init_from:
+    raise InputError("config.lora.rank is above 0: adapters need the weights they belong to; give "
+                     "config.checkpoint.init_from")
+  if config.optimizer.name == "muon":
+    raise InputError("config.optimizer.name 'muon' is for whole matrices, not for adapters; use "
+                     "'adamw' or 'adafactor' with config.lora.rank")
 
 
 def _validate_clips(config: ConfigDict) -> None:
@@ -446,14 +482,26 @@ def objective(config: ConfigDict) -> objective_lib.Objective:
   return objective_lib.next_clip(partition, clips.beta)
 
 
+def adapted(config: ConfigDict) -> model_lib.Config:
+  """The model that is trained: as `model`, with the adapters of `config.lora` if there are any."""
+  plain = model(config)
+  if not config.lora.rank:
+    return plain
+  kind = config.lora.base_dtype
+  adapters = lora_lib.Config(
+      rank=config.lora.rank, alpha=config.lora.alpha, targets=tuple(config.lora.targets),
+      base_dtype=plain.backbone.dtype if kind == "auto" else backbone.compute_dtype(kind))
+  return dataclasses.replace(plain, backbone=dataclasses.replace(plain.backbone, lora=adapters))
+
+
 def recipe(config: ConfigDict) -> step_lib.Recipe:
   """The train step of a configuration."""
   o = config.optimizer
-  optimizer = step_lib.OptimizerConfig(
+  optimizer = optimizer_lib.Config(
       name=o.name, learning_rate=o.learning_rate, warmup_steps=o.warmup_steps,
       total_steps=config.train.steps, cooldown_steps=o.cooldown_steps, b1=o.b1, b2=o.b2, eps=o.eps,
-      weight_decay=o.weight_decay, clip_norm=o.clip_norm)
-  network = model(config)
+      weight_decay=o.weight_decay, clip_norm=o.clip_norm, moments=o.moments)
+  network = adapted(config)
   if config.train.offload == "activations":
     stack = dataclasses.replace(network.backbone, remat="offload")
     network = dataclasses.replace(network, backbone=stack)

@@ -119,9 +119,11 @@ def held_out_loss(config: ConfigDict, checkpoints: Sequence[str]) -> dict[str, d
 
   config_lib.validate(config)
   _, videos = train.open_data(config)
+  config = ConfigDict(config)
+  config.lora.rank = 0  # adapters are merged when they are read
   recipe, mesh = config_lib.recipe(config), sharding.make_mesh(config.mesh)
   train.check_devices(config, mesh)
-  wanted = step_lib.abstract_state(recipe, mesh).ema
+  wanted = step_lib.abstract_state(recipe, mesh).params
   loss = held_out.Loss(config, recipe, mesh, videos)
   with sharding.use(mesh):
     return {path: loss(train.initial_params(path, recipe, wanted)) for path in checkpoints}

@@ -1,17 +1,20 @@
 """Work that a training step needs: tokens and floating-point operations.
 
 Counted are the tokens somebody looks at (the clean copies of the last clip are not
-needed) and the visible pairs of the mask alone, forward and backward (twice forward),
-whatever an implementation computes beyond that. Recomputation does not count.
+needed) and the visible pairs of the mask alone, forward and backward (twice forward, or
+once for products with frozen weights), whatever an implementation computes beyond that.
+Recomputation does not count.
 """
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from videogpt_jax import layout
+from videogpt_jax import lora
 from videogpt_jax import mask
 from videogpt_jax import model
 from videogpt_jax import objective as objective_lib
@@ -90,24 +93,31 @@ def training(
   tokens = blocks * (patches + layout.MARKERS)
   patch_size = channels * config.patch_size**2
   ends = 2.0 * patches * patch_size * config.backbone.hidden_size * (blocks + noisy)
+  products = 2.0 if config.backbone.lora else 3.0  # frozen weights have no gradients
+  adapters = 2.0 * size_of(lora.split(model.abstract_params(config))[1])
   return Cost(
     tokens=batch * tokens,
     sequence=batch * sequence,
-    dense=3.0 * batch * (tokens * token_flops(config) + ends),
+    dense=batch * (products * (tokens * token_flops(config) + ends) + 3.0 * tokens * adapters),
     attention=3.0 * batch * pairs * pair_flops(config),
   )
 
 
+def size_of(part: Any) -> int:
+  """Numbers in a tree of arrays."""
+  return sum(x.size for x in jax.tree.leaves(part))
+
+
 def parameters(config: model.Config) -> dict[str, int]:
   """Parameters by part, without allocating any."""
-  tree = model.abstract_params(config)
-  size = lambda part: sum(x.size for x in jax.tree.leaves(part))
+  tree, adapters = lora.split(model.abstract_params(config))
   parts = {
-    "backbone": size(tree["backbone"]),
-    "embeddings": size(tree["embed_tokens"]),
-    "patches": size([tree["x_embedder"], tree["input_x_embedder"]]),
-    "time": size(tree["time_token"]) + size(tree["t_embedder"]),
-    "final": size(tree["final_layer"]),
+    "backbone": size_of(tree["backbone"]),
+    "embeddings": size_of(tree["embed_tokens"]),
+    "patches": size_of([tree["x_embedder"], tree["input_x_embedder"]]),
+    "time": size_of(tree["time_token"]) + size_of(tree["t_embedder"]),
+    "final": size_of(tree["final_layer"]),
+    **({"adapters": size_of(adapters)} if adapters else {}),
   }
   return {**parts, "total": sum(parts.values())}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import chex
 import einops
+from flax import traverse_util
 import flax.linen as nn
 import flax.struct
 import jax
@@ -349,6 +350,14 @@ def rounded(name: str) -> bool:
   """Whether the model uses the parameter at the path `name` only in its compute type."""
   return name in ("embed_tokens", "x_embedder/kernel", "input_x_embedder/kernel") or (
       name.removeprefix("backbone/layers/") in backbone.MATRICES)
+
+
+def with_type(params: Any, dtype: Any) -> Any:
+  """A tree of which those parameters that are `rounded` have the type `dtype`."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  cast = lambda x: jax.tree.map(lambda leaf: leaf.astype(dtype), x)  # boxes stay around
+  return traverse_util.unflatten_dict(
+      {name: cast(x) if rounded(name) else x for name, x in flat.items()}, sep="/")
 
 
 def abstract_params(config: Config) -> dict[str, Any]:

@@ -118,8 +118,9 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _fingerprint(params: Any) -> str:
-  """Of weights, by their last layer, which every training step changes."""
-  return _digest(np.asarray(params["final_layer"]["kernel"]))
+  """Of weights, by a row of each parameter: whatever was trained, some of them changed."""
+  rows = [jax.device_get(x[(0,) * (x.ndim - 1)]) for x in jax.tree.leaves(params)]
+  return _digest(np.concatenate([row.astype(np.float32) for row in rows]))
 
 
 # The command ------------------------------------------------------------------------------

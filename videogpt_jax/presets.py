@@ -1,8 +1,9 @@
-"""Settings that several run cards share: the published training, in full and in small."""
+"""Settings that several run cards share: published training and fine-tuning, in full and small."""
 
 from ml_collections import ConfigDict
 
 from videogpt_jax import config as config_lib
+from videogpt_jax import weights as weights_lib
 
 
 def paper() -> ConfigDict:
@@ -109,3 +110,52 @@ def stage(number: int, variant: str = "") -> ConfigDict:
     before = c.name.replace(f"stage{number}", f"stage{number - 1}")
     c.checkpoint.init_from = f"runs/{before}"
   return c
+
+
+def finetune(variant: str = "") -> ConfigDict:
+  """What both ways of fine-tuning on one device share.
+
+  Args:
+    variant: "" for the published model on videos of one's own; "small" for the weights that come
+      with the package, on a world with more gravity than the one that they know.
+
+  Raises:
+    ValueError: another variant.
+  """
+  if variant not in ("", "small"):
+    raise ValueError(f"fine-tuning knows the variant :small, not :{variant}")
+  c = _known_world() if variant else paper()
+  c.train.batch_size = 8
+  c.optimizer.warmup_steps = 50
+  c.mesh.data, c.mesh.fsdp = -1, 1
+  c.checkpoint.every = 200
+  c.log.validate_every = 200
+  c.log.validation_batches = 8
+  if variant:
+    c.data.path = "data/finetune_small"
+    c.data.train_videos, c.data.validation_videos = 1000, 64
+    c.world.gravity = 0.2
+    c.train.steps = 400
+    c.log.every = 20
+    c.log.videos_every = 400
+    c.log.videos = 2
+    c.checkpoint.init_from = weights_lib.PRETRAINED
+    return c
+  c.data.path = "data/finetune"
+  c.data.longest_side = 0  # all videos are cut to 176x320: one size, one compilation
+  c.data.min_bucket = 1
+  c.data.frames = 16
+  c.data.interval = (4, 12)
+  c.data.workers = 2
+  c.train.steps = 2000
+  c.log.videos_every = 1000
+  c.log.videos = 1
+  c.sample.clip_frames = 8
+  c.checkpoint.init_from = "runs/published"
+  return c
+
+
+def _known_world() -> ConfigDict:
+  """The settings of the weights that come with the package."""
+  source = weights_lib.open_source()
+  return config_lib.with_model(config_lib.from_saved(source.config), source.model)

@@ -62,7 +62,8 @@ class Recovery:
     if self._returns[good] > self._most:
       raise InputError(f"{said}; {self._most} returns to the checkpoint of step {good} "
                        f"(config.train.max_rollbacks) have not helped. It is intact: {advice}")
-    for leaf in jax.tree.leaves(state):
+    base = state.base  # frozen, it is in no checkpoint
+    for leaf in jax.tree.leaves(dataclasses.replace(state, base=None)):
       leaf.delete()
     with sharding.unused():
       restored = self._checkpoints.restore(step_lib.abstract_state(self._recipe, self._mesh))
@@ -71,5 +72,5 @@ class Recovery:
     log.went_back(step, good)
     kept = good - int(restored[1].skipped)
     number = lambda value: jax.device_put(np.int32(value), sharding.replicated(self._mesh))
-    return dataclasses.replace(restored[1], step=number(step), bad_steps=number(0),
+    return dataclasses.replace(restored[1], base=base, step=number(step), bad_steps=number(0),
                                skipped=number(step - kept))

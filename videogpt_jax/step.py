@@ -1,4 +1,4 @@
-"""The train step: state, optimizer, one pure function from (state, batch) to (state, metrics).
+"""The train step: its state, and one pure function from (state, batch) to (state, metrics).
 
 Nothing here reads files or configurations, so benchmarks build the very step that
 training runs.
@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from flax import serialization
 from flax import traverse_util
 import flax.linen as nn
 import flax.struct
@@ -16,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 import optax
-import optax.contrib
 
-from videogpt_jax import backbone
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import flow
+from videogpt_jax import lora
 from videogpt_jax import model
 from videogpt_jax import objective as objective_lib
+from videogpt_jax import optimizer as optimizer_lib
 from videogpt_jax import sharding
 
 NOISE_BINS = 5  # the loss is logged by time t in as many equal bins
@@ -31,7 +32,6 @@ CLIP_BINS = 8  # and by clip index, the last bin holding all later clips
 Metrics = dict[str, Array]
 
 
-OPTIMIZERS = ("adamw", "muon")
 # The mean; one draw for both copies of a frame; one draw for each (as published).
 POSTERIORS = ("mean", "sample", "separate")
 _SPIKE_WARMUP = 100  # updates before any is taken for a spike, and over which norms are averaged
@@ -41,72 +41,14 @@ OFFLOADS = ("none", "optimizer", "activations")
 _POSTERIOR_STREAM = 1 << 20  # of a row's key: noise of the posterior is independent of the rest
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """AdamW with global-norm clipping; decay on all parameters, as published.
-
-  With `name` "muon", the matrices of the stack take steps along their orthogonalised momentum
-  (of 0.95; Jordan et al., https://kellerjordan.github.io/posts/muon), scaled to the root mean
-  square of AdamW's (Liu et al., arXiv 2502.16982), so that both share a learning rate; the rest
-  goes by AdamW with Nesterov momentum, as `optax.contrib.muon` has it.
-
-  The learning rate rises linearly over `warmup_steps`, stays, and over the last
-  `cooldown_steps` (if any) of `total_steps` falls linearly to zero.
-  """
-
-  learning_rate: float
-  warmup_steps: int
-  total_steps: int
-  cooldown_steps: int = 0
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
-  clip_norm: float = 1.0
-  name: str = "adamw"
-
-
-def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-  """Learning rate by optimizer step."""
-  # The first step moves already: with one warm-up step or none, at the full rate.
-  warmup = optax.linear_schedule(0.0, config.learning_rate, max(1, config.warmup_steps))
-  shifted = lambda step: warmup(step + 1)
-  if not config.cooldown_steps:
-    return shifted
-  begin = config.total_steps - config.cooldown_steps
-  cooldown = optax.linear_schedule(config.learning_rate, 0.0, config.cooldown_steps)
-  return optax.join_schedules([shifted, cooldown], [begin])
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """The optimizer of `config`, of parameter trees without boxes."""
-  rate, decay = learning_rate(config), config.weight_decay
-  if config.name == "muon":
-    rule = optax.contrib.muon(
-      rate, eps=config.eps, weight_decay=decay, adam_b1=config.b1, adam_b2=config.b2,
-      adam_weight_decay=decay, muon_weight_dimension_numbers=_matrices, consistent_rms=0.2)
-  else:
-    rule = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=decay)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
-
-
-def _matrices(params: Any) -> Any:
-  """Which axes of which parameters are matrices for Muon; None for the others."""
-  flat = traverse_util.flatten_dict(params, sep="/")
-  prefix = "backbone/layers/"
-  numbers = dict.fromkeys(flat) | {
-    prefix + name: optax.contrib.MuonDimensionNumbers(*axes)
-    for name, axes in backbone.MATRICES.items()}
-  return traverse_util.unflatten_dict(numbers, sep="/")
-
-
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a step changes.
+  """Everything that a step changes, and what it is computed from.
 
-  `step` counts batches seen and is the data position. `bad_steps` counts updates skipped
-  in a row because loss or gradients were not finite or spiked, `skipped` all of them.
-  `typical_norm` follows the norms of the gradients that were not skipped.
+  `step` counts batches seen and is the data position. `params` are what is trained: all of the
+  model, or adapters beside the frozen `base`. `ema` is their moving average; None: none is kept.
+  `bad_steps` counts updates skipped in a row because loss or gradients were not finite or spiked,
+  `skipped` all of them. `typical_norm` follows the norms of the gradients that were not skipped.
   """
 
   step: Int[Array, ""]
@@ -116,6 +58,27 @@ class TrainState:
   bad_steps: Int[Array, ""]
   skipped: Int[Array, ""]
   typical_norm: Float[Array, ""]
+  base: Any = None
+
+  @property
+  def shown(self) -> Any:
+    """The model's parameters to predict with: the average where there is one."""
+    return lora.join(self.base, self.params if self.ema is None else self.ema)
+
+
+def _to_saved(state: TrainState) -> dict[str, Any]:
+  fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  del fields["base"]
+  return {name: serialization.to_state_dict(x) for name, x in fields.items() if x is not None}
+
+
+def _from_saved(state: TrainState, saved: dict[str, Any]) -> TrainState:
+  return dataclasses.replace(state, **{
+    name: serialization.from_state_dict(getattr(state, name), x) for name, x in saved.items()})
+
+
+# A checkpoint has no entry for what is not there, and none for the base.
+serialization.register_serialization_state(TrainState, _to_saved, _from_saved, override=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +86,14 @@ class Recipe:
   """What a train step needs to know, all of it static.
 
   `posterior` says what becomes of stored moments: see `POSTERIORS`; `offload`, what lies in the
-  host's memory: see `OFFLOADS`. An update whose gradients have more than `spike` times their
-  typical norm is skipped; 0: none is for its norm.
+  host's memory: see `OFFLOADS`. `ema_decay` of 0 is no EMA. An update whose gradients have more
+  than `spike` times their typical norm is skipped; 0: none is for its norm.
   """
 
   model: model.Config
   codec: codec_lib.Codec
   objective: objective_lib.Objective
-  optimizer: OptimizerConfig
+  optimizer: optimizer_lib.Config
   posterior: str = "mean"
   ema_decay: float = 0.999
   spike: float = 0.0
@@ -145,15 +108,19 @@ def init_state(recipe: Recipe) -> TrainState:
 
 
 def _state_of(recipe: Recipe, params: Any) -> TrainState:
-  zero = jnp.zeros((), jnp.int32)
+  base, zero = None, jnp.zeros((), jnp.int32)
+  if adapters := recipe.model.backbone.lora:
+    base, params = lora.split(params)
+    base = model.with_type(base, adapters.base_dtype)
   return TrainState(
     step=zero,
     params=params,
-    ema=jax.tree.map(jnp.copy, params),
-    opt_state=make_optimizer(recipe.optimizer).init(nn.meta.unbox(params)),
+    ema=jax.tree.map(jnp.copy, params) if recipe.ema_decay else None,
+    opt_state=optimizer_lib.make(recipe.optimizer).init(nn.meta.unbox(params)),
     bad_steps=zero,
     skipped=zero,
     typical_norm=jnp.zeros((), jnp.float32),
+    base=base,
   )
 
 
@@ -168,25 +135,29 @@ def state_shardings(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
   abstract = jax.eval_shape(functools.partial(init_state, recipe))
   found = sharding.of_tree(mesh, dataclasses.replace(abstract, opt_state=()))
   of_params = traverse_util.flatten_dict(nn.meta.unbox(found.params))
-  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-  def of_moment(path: tuple[Any, ...], _: Any) -> jax.sharding.Sharding:
-    """The path of a moment ends in that of its parameter, and it lies where that lies."""
-    keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-    ends = (keys[start:] for start in range(len(keys)))
-    found = next((of_params[end] for end in ends if end in of_params), replicated)
-    if recipe.offload == "optimizer" and found is not replicated:
-      return found.with_memory_kind(sharding.HOST)
-    return found
-
-  return dataclasses.replace(
-    found, opt_state=jax.tree_util.tree_map_with_path(of_moment, abstract.opt_state))
+  # Unboxed inside: under a mesh that is where sharding constraints can be met.
+  shapes = traverse_util.flatten_dict(jax.eval_shape(nn.meta.unbox, abstract.params))
+  moments = optimizer_lib.shardings(abstract.opt_state, shapes, of_params, mesh)
+  if recipe.offload == "optimizer":  # its counts are small, and wanted on the device
+    moments = jax.tree.map(lambda x, where: where.with_memory_kind(sharding.HOST) if x.ndim
+                           else where, abstract.opt_state, moments)
+  return dataclasses.replace(found, opt_state=moments)
 
 
 def create_state(recipe: Recipe, mesh: jax.sharding.Mesh, params: Any = None) -> TrainState:
-  """A fresh state, every leaf born with its sharding; of `params` (donated), if there are some."""
+  """A fresh state, every leaf born with its sharding.
+
+  Args:
+    recipe: what is trained.
+    mesh: of devices.
+    params: to start from, if there are some: of the whole model, donated; or of the base.
+  """
   shardings = nn.meta.unbox(state_shardings(recipe, mesh))
   with sharding.use(mesh):
+    if params is not None and recipe.model.backbone.lora:
+      fresh = lambda: dataclasses.replace(nn.meta.unbox(init_state(recipe)), base=None)
+      return dataclasses.replace(
+        jax.jit(fresh, out_shardings=dataclasses.replace(shardings, base=None))(), base=params)
     if params is not None:
       init = functools.partial(_state_of, recipe)
       return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
@@ -248,23 +219,25 @@ def seen_latents(
   return latents, draw(1) if recipe.posterior == "separate" else latents
 
 
-def _loss(recipe: Recipe, params: Any, rng: Array, stored: Array, total: Array):
+def _loss(recipe: Recipe, params: Any, rng: Array, stored: Array, total: Array, base: Any = None):
   draw, blocks = recipe.objective(rng, *seen_latents(recipe, rng, stored))
-  x1 = model.predict(recipe.model, params, draw.clean, draw.noisy, draw.t, blocks)
+  x1 = model.predict(recipe.model, lora.join(base, params), draw.clean, draw.noisy, draw.t, blocks)
   loss, aux = flow.loss(x1, draw, normalizer=total)
   return loss, loss_metrics(aux)
 
 
-def gradients(recipe: Recipe, params: Any, rng: Array, stored: Array) -> tuple[Any, Metrics]:
+def gradients(recipe: Recipe, params: Any, rng: Array, stored: Array, base: Any = None
+              ) -> tuple[Any, Metrics]:
   """Gradients of the global batch and its loss sums, over `accumulation` microbatches.
 
-  Every real frame of the global batch weighs the same, whichever part it stands in.
+  Every real frame of the global batch weighs the same, whichever part it stands in. There are
+  gradients with respect to `params` alone, which may be adapters of the frozen `base`.
   """
   batch = stored.shape[0]
   draws = lambda keys, x: recipe.objective(keys, *seen_latents(recipe, keys, x))[0].target
   frames = jax.eval_shape(draws, rng, stored).shape[1]
   total = jnp.float32(batch * frames)
-  grad_fn = jax.grad(functools.partial(_loss, recipe), has_aux=True)
+  grad_fn = jax.grad(functools.partial(_loss, recipe, base=base), has_aux=True)
   if recipe.accumulation == 1:
     return grad_fn(params, rng, stored, total)
 
@@ -290,7 +263,7 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   skipped: parameters, EMA and optimizer stay as they are, and the skip is counted.
   """
   rng = objective_lib.row_keys(recipe.seed, state.step, stored.shape[0])
-  grads, metrics = gradients(recipe, state.params, rng, stored)
+  grads, metrics = gradients(recipe, state.params, rng, stored, state.base)
   norm = optax.tree.norm(grads)
   good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss_sum"])
   kept = state.step - state.skipped  # updates so far
@@ -300,13 +273,15 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   if recipe.offload == "optimizer":
     here = jax.device_put(state.opt_state, jax.memory.Space.Device)
     state = dataclasses.replace(state, opt_state=here)
-  updates, opt_state = make_optimizer(recipe.optimizer).update(
+  updates, opt_state = optimizer_lib.make(recipe.optimizer).update(
     grads, state.opt_state, state.params
   )
   params = optax.apply_updates(state.params, updates)
-  count = state.step.astype(jnp.float32)
-  decay = jnp.minimum(recipe.ema_decay, (1 + count) / (10 + count))  # follows fast at first
-  ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+  ema = None
+  if state.ema is not None:
+    count = state.step.astype(jnp.float32)
+    decay = jnp.minimum(recipe.ema_decay, (1 + count) / (10 + count))  # follows fast at first
+    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
 
   pace = jnp.maximum(1 / (kept + 1), 1 / _SPIKE_WARMUP)  # a mean, later one that follows
   typical = state.typical_norm + pace * (norm - state.typical_norm)
@@ -321,6 +296,7 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
     bad_steps=bad,
     skipped=state.skipped + (1 - good.astype(jnp.int32)),
     typical_norm=keep(typical, state.typical_norm),
+    base=state.base,
   )
   metrics |= {"grad_norm": norm, "bad_steps": bad, "skipped": state.skipped}
   return state, metrics

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from videogpt_jax import attention
+from videogpt_jax import base as base_lib
 from videogpt_jax import checkpoint
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
@@ -53,13 +54,15 @@ class Run:
   source: pipeline.Mixture
   validation: pipeline.Mixture
   writer: telemetry.Writer | telemetry.Silent
+  base: base_lib.Base | None = None
   held_out: tuple[int, float] = (-1, 0.0)  # the last held-out loss, and the step it is of
 
   def extra(self, step: int) -> dict[str, Any]:
     """What is saved beside the state of a step."""
     measured, loss = self.held_out
+    base = {} if self.base is None else {"base": self.base.record()}
     return {"config": self.config.to_dict(), "fingerprint": self.source.fingerprint,
-            checkpoint.HELD_OUT: loss if measured == step else None}
+            checkpoint.HELD_OUT: loss if measured == step else None, **base}
 
 
 def train(config: ConfigDict, workdir: str) -> int:
@@ -80,12 +83,13 @@ def train(config: ConfigDict, workdir: str) -> int:
     keep=retention.Retention(config.checkpoint.keep, config.checkpoint.keep_every,
                              config.checkpoint.keep_best))
   with contextlib.closing(opened) as checkpoints:
-    state = find_state(config, recipe, mesh, checkpoints, source.fingerprint)
+    base = open_base(config)
+    state = find_state(config, recipe, mesh, checkpoints, source.fingerprint, base)
     start = int(state.step)
     with contextlib.closing(telemetry.open_writer(
         workdir, start + 1, project=config.log.wandb, name=config.name,
         settings=config.to_dict())) as writer:
-      run = Run(config, workdir, recipe, mesh, source, validation, writer)
+      run = Run(config, workdir, recipe, mesh, source, validation, writer, base)
       with sharding.use(mesh), distributed.stopping() as stop, _log(run, account, start) as log:
         return _loop(run, state, start, checkpoints, stop, log)
 
@@ -125,7 +129,7 @@ def _loop(run: Run, state: step_lib.TrainState, start: int, checkpoints: checkpo
         state = recover(state, log)
       for evaluator in due:
         with log.aside(goodput.EVALUATION):
-          evaluator(done, state.ema)
+          evaluator(done, state.shown)
       if save and not log.skipped:
         with log.aside(goodput.CHECKPOINT):
           checkpoints.save(done, state, run.extra(done))
@@ -217,8 +221,13 @@ def check_devices(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
 
 
 def find_state(config: ConfigDict, recipe: step_lib.Recipe, mesh: jax.sharding.Mesh,
-               checkpoints: checkpoint.Checkpoints, fingerprint: str) -> step_lib.TrainState:
-  """The state to start from. Precedence: resume > init from > scratch."""
+               checkpoints: checkpoint.Checkpoints, fingerprint: str,
+               base: base_lib.Base | None = None) -> step_lib.TrainState:
+  """The state to start from. Precedence: resume > init from > scratch.
+
+  Adapters have a `base` (see `open_base`), which is read in any case.
+  """
+  abstract = step_lib.abstract_state(recipe, mesh)
   saved = checkpoints.latest_extra()
   if saved is not None:
     now = {"config": config.to_dict(), "fingerprint": fingerprint}
@@ -228,33 +237,48 @@ def find_state(config: ConfigDict, recipe: step_lib.Recipe, mesh: jax.sharding.M
         f"{checkpoints.directory.parent} holds a run that this one cannot resume: "
         + "; ".join(differences) + "; use another --workdir, or the run's own settings"
       )
-    restored = checkpoints.restore(step_lib.abstract_state(recipe, mesh))
+    if base is not None:
+      base.recognise(saved.get("base"), str(checkpoints.directory.parent))
+    restored = checkpoints.restore(abstract)
     assert restored is not None
+    if base is not None:
+      frozen = initial_params(base.source, recipe, abstract.base)
+      restored = restored[0], dataclasses.replace(restored[1], base=frozen)
     print(f"resuming {checkpoints.directory.parent} at step {restored[0]}", flush=True)
     return restored[1]
   if not config.checkpoint.init_from:
     return step_lib.create_state(recipe, mesh)
-  wanted = step_lib.abstract_state(recipe, mesh).params
-  params = initial_params(config.checkpoint.init_from, recipe, wanted)
+  if base is not None:
+    params = initial_params(base.source, recipe, abstract.base)
+  else:
+    params = initial_params(config.checkpoint.init_from, recipe, abstract.params)
   print(f"starting from the weights of {config.checkpoint.init_from}", flush=True)
   return step_lib.create_state(recipe, mesh, params)
 
 
-def initial_params(path: str, recipe: step_lib.Recipe, wanted: Any) -> Any:
-  """The weights at `path`, placed as the tree `wanted` says.
+def open_base(config: ConfigDict) -> base_lib.Base | None:
+  """The weights that adapters are trained beside; None: everything is trained."""
+  if not config.lora.rank:
+    return None
+  return base_lib.Base(weights_lib.open_source(config.checkpoint.init_from))
+
+
+def initial_params(source: str | weights_lib.Source, recipe: step_lib.Recipe, wanted: Any) -> Any:
+  """The weights of `source`, or at that path, placed as the tree `wanted` says and in its types.
 
   Raises:
     InputError: they belong to another model, or to latents scaled otherwise.
   """
-  source = weights_lib.open_source(path)
-  shardings = {}
+  if isinstance(source, str):
+    source = weights_lib.open_source(source)
+  path, places = source.path, {}
   for name, leaf in traverse_util.flatten_dict(wanted, sep="/").items():
     found = source.leaves.get(name)
     if found is None or tuple(found.shape) != leaf.shape:
       there = "absent" if found is None else f"of shape {tuple(found.shape)}"
       raise InputError(f"{path} holds another model: the parameter {name} is {there}, "
                        f"{leaf.shape} is needed")
-    shardings[name] = leaf.sharding
+    places[name] = leaf
   differences = config_lib.model_differences(recipe.model, source.model)
   theirs, ours = codec_lib.from_settings(source.config["codec"]).spec(), recipe.codec.spec()
   differences += [f"--config.codec.{name}={theirs.get(name)} (it is {ours.get(name)!r} here)"
@@ -263,8 +287,8 @@ def initial_params(path: str, recipe: step_lib.Recipe, wanted: Any) -> Any:
   if differences:
     raise InputError(f"{path} holds a model of other settings; to go on from it, give "
                      + " ".join(differences))
-  return weights_lib.parameters(
-    source, lambda name, array: jax.device_put(array, shardings[name]))
+  return weights_lib.parameters(source, lambda name, array: jax.device_put(
+    array.astype(places[name].dtype, copy=False), places[name].sharding))
 
 
 def training_batches(run: Run, start: int) -> Generator[pipeline.Batch, None, None]:
@@ -292,8 +316,8 @@ class Validation:
     """Whether to run after `step` steps."""
     return step % self._run.config.log.validate_every == 0 or step == self._run.config.train.steps
 
-  def __call__(self, step: int, ema: Any) -> None:
-    values = {f"validation/{name}": value for name, value in self._loss(ema).items()}
+  def __call__(self, step: int, params: Any) -> None:
+    values = {f"validation/{name}": value for name, value in self._loss(params).items()}
     self._run.held_out = step, values["validation/loss"]
     self._run.writer.scalars(step, values)
     self._run.writer.say(f"step {step} held-out loss {values['validation/loss']:.5f}")
@@ -322,7 +346,7 @@ class Videos:
     last = step == config.train.steps
     return bool(self._count) and (step % config.log.videos_every == 0 or last)
 
-  def __call__(self, step: int, ema: Any) -> None:
+  def __call__(self, step: int, params: Any) -> None:
     run, sample = self._run, self._run.config.sample
     frames = run.config.data.frames
     count = self._count
@@ -331,7 +355,7 @@ class Videos:
       seed=run.config.seed))
     codec = run.recipe.codec
     truth = codec.decode(rows.latents)
-    model = weights_lib.Weights(run.recipe.model, ema, codec, run.config.to_dict(), run.workdir,
+    model = weights_lib.Weights(run.recipe.model, params, codec, run.config.to_dict(), run.workdir,
                                 run.mesh)
     new = model.continue_video(truth[:, :sample.history], frames - sample.history,
                                rng=jax.random.key(run.config.seed))

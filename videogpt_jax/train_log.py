@@ -11,6 +11,7 @@ import numpy as np
 from videogpt_jax import flops
 from videogpt_jax import held_out
 from videogpt_jax import machine
+from videogpt_jax import optimizer as optimizer_lib
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
 from videogpt_jax import watchdog
@@ -42,7 +43,7 @@ class TrainLog:
                dog: watchdog.Watchdog, *, workdir: str, start: int) -> None:
     self._config, self._writer, self._account, self._dog = config, writer, account, dog
     self._profiler = profiles.Profiler(workdir, config.log.profile_at, config.log.profile_steps)
-    self._schedule = step_lib.learning_rate(recipe.optimizer)
+    self._schedule = optimizer_lib.learning_rate(recipe.optimizer)
     self._progress = _progress(config, recipe, source, account)
     self._device = device_clock.DeviceClock(account.clock)
     self._late: tuple[int, step_lib.Metrics, bool] | None = None  # the last: it compiled

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 import numpy as np
 
 from videogpt_jax import backbone
+from videogpt_jax import base as base_lib
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import distributed
 from videogpt_jax import folder as folder_lib
@@ -194,8 +195,11 @@ def open_source(path: str = "", special_ids: Mapping[str, int] | None = None) ->
       the published one), or "" for the weights that come with the package.
     special_ids: see `folder.open_folder`.
 
+  Adapters are merged into their base as they are read.
+
   Raises:
-    InputError: neither kind of folder is there, or it is damaged.
+    InputError: neither kind of folder is there, or it is damaged; or the base of adapters is
+      missing (if it has become another one, it is reading the parameters that says so).
   """
   path = path or PRETRAINED
   if folder_lib.is_folder(path):
@@ -217,7 +221,23 @@ def open_source(path: str = "", special_ids: Mapping[str, int] | None = None) ->
   usual = {name: getattr(backbone.Config, name) for name in backbone.NUMERICS}
   model = config_lib.model(config)
   model = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, **usual))
-  return Source(path, model, saved.leaves, config.to_dict())
+  leaves: Mapping[str, Any] = saved.leaves
+  if config.lora.rank:
+    base = _base_of(path, config.checkpoint.init_from, saved.base)
+    leaves = base_lib.merged(base.source.leaves, leaves, config.lora.alpha / config.lora.rank)
+  return Source(path, model, leaves, config.to_dict())
+
+
+def _base_of(path: str, init_from: str, record: Mapping[str, Any] | None) -> base_lib.Base:
+  """The base of the adapters in `path`, where it lay, or lies seen from here."""
+  recorded = init_from if record is None else record["path"]
+  places = [place for place in (recorded, init_from) if os.path.isdir(place)]
+  if not places:
+    raise InputError(f"{path} holds adapters of the weights {recorded}, which are no longer there; "
+                     "put them there again")
+  base = base_lib.Base(open_source(places[0]))
+  base.recognise(record, path)
+  return base
 
 
 def _published_config(found: folder_lib.Folder) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""What is compiled: attention alone, gradients of a model of one layer, a clip of the whole."""
+"""What is compiled: attention, gradients of one layer, a clip or a train step of the whole."""
 
 from collections.abc import Callable
 import dataclasses
 import functools
+import importlib.util
+import pathlib
 from typing import Any
 
 from flax import traverse_util
@@ -16,10 +18,12 @@ from videogpt_jax import attention
 from videogpt_jax import backbone
 from videogpt_jax import cache
 from videogpt_jax import codec
+from videogpt_jax import config
 from videogpt_jax import layout
 from videogpt_jax import mask
 from videogpt_jax import model
 from videogpt_jax import objective
+from videogpt_jax import optimizer
 from videogpt_jax import rollout
 from videogpt_jax import sharding
 from videogpt_jax import step
@@ -95,7 +99,7 @@ class Layer:
     recipe = step.Recipe(
         model=model.Config(backbone=stack, channels=pixels.channels), codec=pixels,
         objective=objective.next_clip(objective.random_partition),
-        optimizer=step.OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1))
+        optimizer=optimizer.Config(learning_rate=1e-4, warmup_steps=1, total_steps=1))
     stored = jax.ShapeDtypeStruct((self.batch, self.frames, 22, 40, pixels.channels),
                                   pixels.dtype, sharding=sharding.rows(mesh))
 
@@ -149,4 +153,39 @@ class Clip:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-Program = Attention | Layer | Clip
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """The whole train step of a run card, at another number of frames of 176 x 320 px."""
+
+  card: str
+  frames: int
+  moments: str = "bfloat16"
+  optimizer: str = "adafactor"
+  head_size: int = 96
+  dtype: str = "bfloat16"
+  mesh: tuple[int, ...] = ONE
+
+  def build(self, name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """As in `Layer`; the state is donated, as in training."""
+    c = _card(self.card)
+    c.data.frames = self.frames
+    c.model.attention, c.model.dtype = name, self.dtype
+    if not c.lora.rank:
+      c.optimizer.name, c.optimizer.moments = self.optimizer, self.moments
+    recipe = config.recipe(c)
+    stored = jax.ShapeDtypeStruct(
+        (c.train.batch_size, self.frames, 22, 40, codec.stored_channels(recipe.codec)),
+        jnp.dtype(recipe.codec.dtype), sharding=sharding.rows(mesh))
+    return step.compile_step(recipe, mesh), (step.abstract_state(recipe, mesh), stored)
+
+
+def _card(name: str) -> Any:
+  """The configuration of a file in configs/."""
+  path = pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location("card", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+Program = Attention | Layer | Clip | Step

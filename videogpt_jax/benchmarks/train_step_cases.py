@@ -11,6 +11,7 @@ from videogpt_jax import codec
 from videogpt_jax import machine
 from videogpt_jax import model
 from videogpt_jax import objective
+from videogpt_jax import optimizer
 from videogpt_jax import step as step_lib
 
 GROWTH = (8, 16, 32, 48, 80)  # frames of the small model, one a clip
@@ -54,7 +55,7 @@ def _laptop(what: objective.Objective, frames: int) -> Case:
   recipe = step_lib.Recipe(
     model=model.Config(backbone=stack, channels=pixels.channels, patch_size=2),
     codec=pixels, objective=what,
-    optimizer=step_lib.OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1))
+    optimizer=optimizer.Config(learning_rate=1e-4, warmup_steps=1, total_steps=1))
   mesh = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": -1}  # its batch is one video
   return Case(recipe, (1, frames, 16, 16, pixels.channels), update=False, mesh=mesh,
               cpu_devices=min(2, machine.usable_cores()))
@@ -79,6 +80,6 @@ def _full(frames: int, videos: int, partition: objective.Partition) -> Case:
                          img_id=32_012, end_img_id=32_013, diff_id=32_011)
   recipe = step_lib.Recipe(
     model=network, codec=latents, objective=objective.next_clip(partition), posterior="separate",
-    optimizer=step_lib.OptimizerConfig(learning_rate=1e-4, warmup_steps=1, total_steps=1))
+    optimizer=optimizer.Config(learning_rate=1e-4, warmup_steps=1, total_steps=1))
   return Case(recipe, (videos, frames, 22, 40, codec.stored_channels(latents)), update=True,
               mesh={"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1}, cpu_devices=0)
