@@ -41,7 +41,7 @@ def initialize(coordinator: str = "", num_processes: int | None = None,
     InputError: only some of the arguments are given, or the environment names no cluster.
     RuntimeError: the others do not come; they may the next time.
   """
-  given = [coordinator or None, num_processes, process_id]
+  given = (coordinator or None, num_processes, process_id)
   if any(x is not None for x in given) and None in given:
     raise InputError("--coordinator, --num_processes and --process_id belong together: give all "
                      "three, or --distributed alone, if the environment says them")
@@ -49,8 +49,9 @@ def initialize(coordinator: str = "", num_processes: int | None = None,
     raise InputError(f"--process_id={process_id} is not between 0 and --num_processes="
                      f"{num_processes} less one")
   try:
-    jax.distributed.initialize(*given, initialization_timeout=_CONNECT_S,
-                               cluster_detection_method="deactivate" if coordinator else None)
+    jax.distributed.initialize(
+      coordinator or None, num_processes, process_id, initialization_timeout=_CONNECT_S,
+      cluster_detection_method="deactivate" if coordinator else None)
   except ValueError as error:
     raise InputError(f"--distributed: {error}; on a cluster that jax does not know, {otherwise}"
                      ) from error

@@ -442,8 +442,8 @@ def _put(batch: Batch, sharding: jax.sharding.Sharding, batch_size: int | None) 
   assert len(rows) == len(batch.index), "read by rows=local_rows(...)"
 
   def put(held: Shaped[np.ndarray, "b ..."]) -> jax.Array:
-    def of_device(index: tuple[slice, ...]) -> np.ndarray:
-      begin, end, _ = index[0].indices(size)
+    def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+      begin, end, _ = (index or (slice(None),))[0].indices(size)
       return held[np.searchsorted(rows, begin):np.searchsorted(rows, end)]
 
     return jax.make_array_from_callback((size, *held.shape[1:]), sharding, of_device)
