@@ -451,7 +451,7 @@ def test_nan_losses_are_skipped_and_too_many_stop_the_run(tiny, tmp_path, poison
   assert by_step[2]["loss"] is None
   lost = [by_step[n]["time/lost"] for n in range(1, 8)]
   assert lost[0] == 0 < lost[1] < lost[2] < lost[6]
-  assert lost[3:6] == pytest.approx([lost[2]] * 3, abs=1e-4)
+  assert lost[3:6] == pytest.approx([lost[2]] * 3, abs=1e-5)
   assert by_step[4]["loss"] is not None
   assert re.search(r"step 3/12 .*\| skipped 2 \|", capsys.readouterr().out)
   state = tiny_run.saved_state(tmp_path)
@@ -506,8 +506,11 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(tiny, tmp_path,
   shutil.copytree(finished.workdir, tmp_path, dirs_exist_ok=True)
   shutil.rmtree(tmp_path / checkpoint.FOLDER / "24")
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  largest = max(path.stat().st_size for path in _files(tmp_path))
-  resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))  # no longer file can be written
+  # No longer file can be written: enough for the log, too little for the names of the arrays.
+  # (How many files the arrays themselves are in differs from save to save.)
+  size = (tmp_path / checkpoint.FOLDER / "21" / "state" / "_METADATA").stat().st_size - 1
+  assert size > 1.5 * (tmp_path / telemetry.METRICS_FILE).stat().st_size
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
     with pytest.raises(InputError, match=r"step 24 could not.*step 21 is whole.*free some space"):
       train.train(tiny, str(tmp_path))
