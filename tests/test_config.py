@@ -126,7 +126,7 @@ def test_whole_numbers_and_lists_do_for_numbers_and_tuples():
   ({"optimizer.name": "sgd"}, r"config\.optimizer\.name is 'sgd'; known: adamw, muon"),
   ({"sample.history_noise": 1.0}, r"config\.sample\.history_noise must be in \[0, 1\), got 1\.0"),
   ({"train.watchdog": -1.0}, r"config\.train\.watchdog must be at least 0, got -1\.0"),
-  ({"train.watchdog_action": "pray"}, r"watchdog_action is 'pray'; known: report, abort"),
+  ({"train.watchdog_action": "pray"}, r"watchdog_action is 'pray'; known: auto, report, abort"),
   ({"log.profile_steps": 0}, r"config\.log\.profile_steps must be positive, got 0"),
   ({"model.num_kv_heads": 3}, r"num_heads 4 is not divisible by num_kv_heads 3"),
   ({"model.hidden_size": 20, "model.num_heads": 4}, r"hidden_size 20 must be a multiple of 4"),

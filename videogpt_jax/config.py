@@ -167,7 +167,9 @@ def _train() -> ConfigDict:
   c.max_bad_steps = 10  # so many updates skipped in a row lead back to the last good checkpoint
   c.max_rollbacks = 3  # without a good checkpoint between them; then training stops
   c.watchdog = 1800.0  # s that a step may take (three times that if it compiles); 0: for ever
-  c.watchdog_action = "report"  # then: report (write all stacks, wait on), abort (exit, too)
+  # then: report (write all stacks, wait on), abort (exit, too); auto aborts one of several
+  # processes, whose launcher starts them anew
+  c.watchdog_action = "auto"
   return c
 
 
@@ -280,7 +282,7 @@ def validate(config: ConfigDict) -> None:
   _one_of(config, "optimizer.name", optimizer_lib.NAMES)
   _one_of(config, "optimizer.moments", optimizer_lib.MOMENTS)
   _one_of(config, "data.posterior", step_lib.POSTERIORS)
-  _one_of(config, "train.watchdog_action", watchdog.ACTIONS)
+  _one_of(config, "train.watchdog_action", ("auto", *watchdog.ACTIONS))
   _validate_lora(config)
   codec(config)
   _validate_clips(config)

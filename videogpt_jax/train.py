@@ -98,9 +98,12 @@ def train(config: ConfigDict, workdir: str) -> int:
 def _log(run: Run, account: goodput.Account, start: int) -> Iterator[train_log.TrainLog]:
   """The log of the loop, under the watchdog's eyes."""
   settings = run.config.train
+  action = settings.watchdog_action
+  if action == "auto":
+    action = "abort" if jax.process_count() > 1 else "report"
   with contextlib.ExitStack() as stack:
     dog = stack.enter_context(contextlib.closing(watchdog.Watchdog(
-      run.workdir, settings.watchdog, settings.watchdog_action, process=jax.process_index())))
+      run.workdir, settings.watchdog, action, process=jax.process_index())))
     yield stack.enter_context(contextlib.closing(train_log.TrainLog(
       run.config, run.recipe, run.source, run.writer, account, dog, workdir=run.workdir,
       start=start)))
