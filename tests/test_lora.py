@@ -404,10 +404,10 @@ def test_a_small_run_card_lowers_the_held_out_loss(card, tmp_path):
   """By its commands, on a few videos: encode, main, and for adapters predict and convert."""
   data, workdir = tmp_path / "data", tmp_path / "run"
   config = [f"--config={_CONFIGS / card}.py:small", f"--config.data.path={data}",
-            "--config.data.train_videos=64", "--config.data.validation_videos=16"]
-  training = [*config, "--config.train.steps=30", "--config.log.validate_every=30",
-              "--config.log.validation_batches=2", "--config.log.videos=0",
-              "--config.optimizer.warmup_steps=5"]
+            "--config.data.train_videos=32", "--config.data.validation_videos=8"]
+  training = [*config, "--config.data.frames=8", "--config.sample.clip_frames=4",
+              "--config.train.batch_size=2", "--config.train.steps=16", "--config.log.videos=0",
+              "--config.log.validation_batches=4", "--config.optimizer.warmup_steps=2"]
   for command, arguments in (
       ("encode", config), ("main", [*training, f"--workdir={workdir}"]),
       ("evaluate", ["--benchmark=loss", *training, f"--out={tmp_path / 'losses'}",
@@ -416,7 +416,7 @@ def test_a_small_run_card_lowers_the_held_out_loss(card, tmp_path):
     assert result.returncode == 0, result.stderr
   losses = json.loads((tmp_path / "losses" / "loss.json").read_text())["held_out"]
   before, after = losses[weights_lib.PRETRAINED]["loss"], losses[str(workdir)]["loss"]
-  assert after < 0.9 * before
+  assert after < 0.97 * before
   if card == "finetune_lora":
     result = tiny_run.run("convert", f"--checkpoint={workdir}", f"--out={tmp_path / 'folder'}")
     assert result.returncode == 0, result.stderr

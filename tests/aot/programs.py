@@ -155,26 +155,23 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """The whole train step of a run card, at another number of frames of 176 x 320 px."""
+  """The whole train step of a run card, but for frames and videos: these one after the other."""
 
   card: str
   frames: int
-  moments: str = "bfloat16"
-  optimizer: str = "adafactor"
+  videos: int = 1
+  mesh: tuple[int, ...] = ONE
   head_size: int = 96
   dtype: str = "bfloat16"
-  mesh: tuple[int, ...] = ONE
 
   def build(self, name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """As in `Layer`; the state is donated, as in training."""
+    """As in `Layer`, on stored moments of 176 x 320 px."""
     c = _card(self.card)
-    c.data.frames = self.frames
-    c.model.attention, c.model.dtype = name, self.dtype
-    if not c.lora.rank:
-      c.optimizer.name, c.optimizer.moments = self.optimizer, self.moments
+    c.data.frames, c.model.attention, c.model.dtype = self.frames, name, self.dtype
+    c.train.batch_size = c.train.accumulation = self.videos
     recipe = config.recipe(c)
     stored = jax.ShapeDtypeStruct(
-        (c.train.batch_size, self.frames, 22, 40, codec.stored_channels(recipe.codec)),
+        (self.videos, self.frames, 22, 40, codec.stored_channels(recipe.codec)),
         jnp.dtype(recipe.codec.dtype), sharding=sharding.rows(mesh))
     return step.compile_step(recipe, mesh), (step.abstract_state(recipe, mesh), stored)
 

@@ -12,6 +12,7 @@ from programs import Attention
 from programs import Clip
 from programs import Layer
 from programs import ONE
+from programs import Step
 import pytest
 
 from videogpt_jax.aot import chips
@@ -112,3 +113,28 @@ def test_a_clip_of_the_published_model(compile_for, name, mesh):
   else:
     assert report.collectives["all-to-all"]  # from sequence to heads and back
     assert held < 6 * _GIB
+
+
+def _held(report):
+  """Of a step: state and batch, what is computed, and the new state, as if nothing were donated."""
+  return report.arguments + report.temporaries + report.results
+
+
+@pytest.mark.parametrize(("frames", "videos"), [(16, 1), (16, 8), (48, 1), (80, 1)],
+                         scope="session")
+def test_adapters_are_trained_on_24_gb(compile_for, frames, videos):
+  """The published model with LoRA; of the 24 GB, 2 are left to others."""
+  report = compile_for("l4", Step("finetune_lora", frames, videos))
+  assert report.arguments > 7 * _GIB  # the base in bfloat16
+  assert report.results < _GIB  # nothing changes it
+  assert _held(report) < 22e9
+
+
+@pytest.mark.parametrize(("frames", "videos"), [(16, 1), (16, 8), (48, 1), (80, 1)],
+                         scope="session")
+def test_the_published_model_is_trained_on_80_gb(compile_for, frames, videos):
+  """All of its parameters, with Adafactor and without an averaged copy."""
+  report = compile_for("h100", Step("finetune_full", frames, videos))
+  _assert_kernels(report, "h100", least=2)
+  assert report.arguments > 20 * _GIB  # parameters, and their first moment in bfloat16
+  assert _held(report) < 78e9
