@@ -9,6 +9,13 @@ and then configs/stage2.py to stage4.py on the same data, each from the weights 
 before. The same four stages with a small model on the simulated world, in some minutes on a
 laptop: `--config=configs/stage1.py:small` (and so on), into `--workdir=runs/stage1_small`.
 
+Mesh and microbatches are those for 64 devices, a v5p-128 (4x4x4) or eight nodes of eight H100s: the
+state is split over 8 of them, each computes 5 videos at once here and one in the other stages. On
+another number, set config.train.accumulation, and see what a device would hold before anything
+runs, on any machine (docs/scaling.md):
+
+    python -m videogpt_jax.main --config=configs/stage1.py --dry_run --topology=h100:8x8
+
 How long a stage lasts is not published. Ours: about 1e11 tokens a stage, which at a global
 batch of 320 videos is 50,000 steps here, 15,000 in stages 2 and 3, and 9,000 in stage 4.
 """

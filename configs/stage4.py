@@ -2,7 +2,11 @@
 
     python -m videogpt_jax.main --config=configs/stage4.py --workdir=runs/stage4
 
-What comes before and after: configs/stage1.py.
+What comes before and after, and on how many devices: configs/stage1.py. On one H200 (141 GB) it
+fits with a smaller batch, or the same one in 320 microbatches:
+
+    python -m videogpt_jax.main --config=configs/stage4.py --workdir=runs/stage4 \
+        --config.mesh.fsdp=1 --config.train.batch_size=8 --config.train.accumulation=8
 """
 
 from videogpt_jax import presets

@@ -65,7 +65,7 @@ def test_an_unknown_variant_is_refused():
 
 def test_dry_run_of_the_full_model():
   result = tiny_run.run("main", f"--config={CONFIGS / 'stage4.py'}", "--dry_run",
-                        "--config.platform=cpu")
+                        "--config.platform=cpu", "--config.mesh.fsdp=1")
   assert result.returncode == 0, result.stderr
   for name, count in PARAMETERS.items():
     assert f"  {name:<12}{count:>16,}" in result.stdout

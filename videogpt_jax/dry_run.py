@@ -45,7 +45,8 @@ def report(config: ConfigDict, topology: str = "") -> str:
   leaves = traverse_util.flatten_dict(config.to_dict(), sep=".")
   return "\n".join([
     "resolved configuration:", *(f"  --config.{name}={value}" for name, value in leaves.items()),
-    *_work(facts), *_memory(facts, chip), *_traffic(facts), *_time(facts, chip),
+    *_work(facts), *_memory(facts, chip), *_unseen(config, chip, topology), *_traffic(facts),
+    *_time(facts, chip),
     f"traced and compiled in {facts.compile_seconds:.0f} s"])
 
 
@@ -104,6 +105,12 @@ def _memory(facts: facts_lib.Facts, chip: chips.Chip) -> Iterator[str]:
       yield f"  on the host         {_size(memory.host)} for it"
   yield f"  in all              {_size(memory.total)} {words}"
   yield "  it fits" if there else f"  IT DOES NOT FIT; what takes less: {_LESS_MEMORY}"
+
+
+def _unseen(config: ConfigDict, chip: chips.Chip, topology: str) -> Iterator[str]:
+  if topology and chip.platform == "cuda" and config.train.offload == "optimizer":
+    yield ("  (but the moments, half of the state, which config.train.offload puts on the host: "
+           "jax does not compile that for GPUs that are not there)")
 
 
 def _traffic(facts: facts_lib.Facts) -> Iterator[str]:

@@ -119,8 +119,8 @@ def read(text: str, devices: int) -> Traffic:
       if each.opcode == "custom-call" and (found := re.search(r'target="([^"]+)"', each.rest)):
         calls[found[1]] = calls.get(found[1], 0) + turns
       if not fused:
-        moved, across = _moved(each, computation, computations)
-        total, host = total + turns * moved, host + turns * across
+        total += turns * _moved(each, computation, computations)
+      host += turns * _across(each, computation)
   collectives = tuple(Collective(kind, count, sent, members)
                       for (kind, sent, members), count in exchanges.items() if len(members) > 1)
   return Traffic(total, host, collectives, calls, unknown)
@@ -216,24 +216,47 @@ def size(shape: str, *, host: bool = False) -> float:
 
 
 def _moved(each: _Instruction, computation: _Computation,
-           computations: dict[str, _Computation]) -> tuple[float, float]:
-  """Bytes that an instruction reads and writes, and how many of them cross to the host."""
+           computations: dict[str, _Computation]) -> float:
+  """Bytes of the device's memory that an instruction reads and writes."""
   if each.opcode in _FREE or each.opcode.endswith(("-done", "-update")):
-    return 0.0, 0.0
-  shapes = [computation.instructions[name].shape for name in each.operands
-            if name in computation.instructions]
-  host = size(each.shape, host=True) + sum(size(shape, host=True) for shape in shapes)
+    return 0.0
+  shapes = _shapes(each, computation)
   if each.opcode.endswith("-start"):  # the result repeats the operands
-    return size(each.shape), host
+    return size(each.shape)
   if each.opcode in ("dynamic-slice", "gather"):
-    return 2 * size(each.shape), host
+    return 2 * size(each.shape)
   if each.opcode == "dynamic-update-slice":
-    return 2 * size(shapes[1]), host
+    return 2 * size(shapes[1])
   if each.opcode == "fusion":
     fused = computations[each.called["calls"][0]]
     reads = (_used(one.name, fused, computations) for one in _parameters(fused))
-    return _written(fused, each) + sum(reads), host
-  return size(each.shape) + sum(map(size, shapes)), host
+    return _written(fused, each) + sum(reads)
+  return size(each.shape) + sum(map(size, shapes))
+
+
+def _across(each: _Instruction, computation: _Computation) -> float:
+  """Bytes that an instruction copies between the device's memory and the host's."""
+  shapes = _shapes(each, computation)
+  if each.opcode == "dynamic-slice" and size(shapes[0], host=True):
+    return size(_anywhere(each.shape))
+  if each.opcode == "dynamic-update-slice" and size(each.shape, host=True):
+    return size(_anywhere(shapes[1]))
+  if each.opcode in ("copy", "copy-start"):
+    target = next(found[0] for found in _SHAPE.finditer(each.shape))  # then the source, if async
+    if size(shapes[0], host=True) != size(target, host=True):
+      return size(_anywhere(shapes[0]))
+  return 0.0
+
+
+def _shapes(each: _Instruction, computation: _Computation) -> list[str]:
+  """Shapes of its operands."""
+  return [computation.instructions[name].shape for name in each.operands
+          if name in computation.instructions]
+
+
+def _anywhere(shape: str) -> str:
+  """The shape without the memory that it lies in."""
+  return re.sub(r"S\(\d+\)", "", shape)
 
 
 def _parameters(fused: _Computation) -> list[_Instruction]:
@@ -270,7 +293,7 @@ def _written(fused: _Computation, fusion: _Instruction) -> float:
   for each in results:
     if each.opcode == "dynamic-update-slice" and size(each.shape):
       update = fused.instructions[each.operands[1]]
-      total -= size(each.shape) - size(re.sub(r"S\(\d+\)", "", update.shape))
+      total -= size(each.shape) - size(_anywhere(update.shape))
   return max(total, 0.0)
 
 
@@ -280,8 +303,7 @@ def _written(fused: _Computation, fusion: _Instruction) -> float:
 def _exchange(kind: str, each: _Instruction, computation: _Computation, devices: int
               ) -> tuple[float, tuple[int, ...]]:
   """Bytes that a device sends in a collective, and the members of a group."""
-  shapes = (computation.instructions[name].shape for name in each.operands)
-  whole = sum(size(re.sub(r"S\(\d+\)", "", shape)) for shape in shapes)
+  whole = sum(size(_anywhere(shape)) for shape in _shapes(each, computation))
   if kind == "collective-permute":
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", each.rest)
     return whole, (int(pairs[1]), int(pairs[2])) if pairs else (0, 1)
