@@ -13,6 +13,7 @@ from videogpt_jax import codec
 from videogpt_jax import config as config_lib
 from videogpt_jax import model
 from videogpt_jax import objective
+from videogpt_jax import optimizer
 from videogpt_jax import sharding
 from videogpt_jax import step
 from videogpt_jax import train
@@ -26,7 +27,7 @@ def _three_steps(offload, remat):
   recipe = step.Recipe(
     model=model.Config(backbone=stack, channels=pixels.channels), codec=pixels,
     objective=objective.next_clip(objective.random_partition),
-    optimizer=step.OptimizerConfig(1e-3, 1, 10), offload=offload)
+    optimizer=optimizer.Config(1e-3, 1, 10), offload=offload)
   stored = jax.random.randint(jax.random.key(1), (2, 4, 4, 4, 48), 0, 256).astype(jnp.uint8)
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   with sharding.use(mesh):
