@@ -34,7 +34,7 @@ def _three_steps(offload, remat):
     state, run = step.create_state(recipe, mesh), step.compile_step(recipe, mesh)
     for _ in range(3):
       state, _ = run(state, stored)
-    return state, run.lower(state, stored).as_text()
+    return state, str(run.trace(state, stored).jaxpr)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def on_the_device():
 @pytest.mark.parametrize(("offload", "remat"), [("optimizer", "full"), ("activations", "offload")])
 def test_the_same_numbers(on_the_device, offload, remat):
   (ours, text), (theirs, without) = _three_steps(offload, remat), on_the_device
-  assert "pinned_host" in text
-  assert "pinned_host" not in without
+  assert "device_put" in text  # arrays change their memory
+  assert "device_put" not in without
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     np.testing.assert_array_equal(a, b)
   kinds = {x.sharding.memory_kind for x in jax.tree.leaves(ours.opt_state) if x.ndim}

@@ -1,7 +1,6 @@
 """Compiles programs for a kind of chip, and reports what came out."""
 
 import dataclasses
-import math
 import os
 import pathlib
 import re
@@ -67,7 +66,7 @@ class Compiler:
 
   def __call__(self, program: programs.Program) -> Report:
     """The report. Raises `RuntimeError` if the compiler crashed, else what it raises itself."""
-    where = self._topologies[math.prod(program.mesh) > 1]
+    where = self._topologies[bool(program.mesh)]
     return self._process(_compile, where, program)
 
   def close(self) -> None:
@@ -82,7 +81,9 @@ def _compile(where: topology.Topology, program: programs.Program) -> Report:
   for file in folder.iterdir():  # of a program before
     file.unlink()
   devices = where.devices()
-  mesh = Mesh(np.reshape(devices, program.mesh), sharding.AXES,
+  sizes = dict(program.mesh)
+  shape = [sizes.get(axis, 1) for axis in sharding.AXES]
+  mesh = Mesh(np.reshape(devices, shape), sharding.AXES,
               axis_types=(AxisType.Auto,) * len(sharding.AXES))
   function, shapes = program.build(where.chip.attention, mesh)
   with process.pretending(devices, where.chip.backend), sharding.use(mesh):

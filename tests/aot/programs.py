@@ -29,8 +29,9 @@ from videogpt_jax import sharding
 from videogpt_jax import step
 from videogpt_jax.benchmarks import rollout as rollout_benchmark
 
-ONE = (1, 1, 1, 1, 1)  # a mesh of one chip
-ALL_AXES = (1, 2, 2, 2, 2)  # one that splits everything in a slice
+Sizes = tuple[tuple[str, int], ...]  # of a mesh's axes, by name; of those not named 1
+ONE: Sizes = ()  # a mesh of one chip
+ALL_AXES: Sizes = tuple((axis, 2) for axis in ("data", "fsdp", "sequence", "tensor"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Attention:
   kv_heads: int = 32
   head_size: int = 96
   dtype: str = "bfloat16"
-  mesh: tuple[int, ...] = ONE
+  mesh: Sizes = ONE
 
   def build(self, name: str, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The function, attending by implementation `name`, and the shapes of its arguments."""
@@ -86,7 +87,7 @@ class Layer:
 
   batch: int = 1
   frames: int = 80
-  mesh: tuple[int, ...] = ONE
+  mesh: Sizes = ONE
   head_size: int = 96
   dtype: str = "bfloat16"
 
@@ -117,7 +118,7 @@ class Clip:
   history: int = 56
   generated: int = 24
   guidance: float = 1.5
-  mesh: tuple[int, ...] = ONE
+  mesh: Sizes = ONE
   head_size: int = 96
   dtype: str = "bfloat16"
 
@@ -150,7 +151,7 @@ class Clip:
 
   def batch(self, mesh: Mesh) -> int:
     """One video for each device that has videos of its own."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return mesh.size // sharding.rows(mesh).shard_shape((mesh.size,))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Step:
   card: str
   frames: int
   videos: int = 1
-  mesh: tuple[int, ...] = ONE
+  mesh: Sizes = ONE
   head_size: int = 96
   dtype: str = "bfloat16"
 
