@@ -131,6 +131,25 @@ def test_remat_changes_no_gradient(params, policy):
                gradient(policy), gradient("none"))
 
 
+@pytest.mark.parametrize(("gradients", "least", "most"), [("float32", 0, 1e-6),
+                                                          ("compute", 1e-4, 1e-2)])
+def test_gradients_of_matrices_in_bfloat16_and_in_float32(gradients, least, most):
+  """Against float64; the product and the gradient of its input are the same in both."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (3, 50, 4, 2), jnp.bfloat16)
+  w = jax.random.normal(keys[1], (4, 2, 6, 5))
+  g = jax.random.normal(keys[2], (3, 50, 6, 5), jnp.bfloat16)
+  product, back = jax.vjp(lambda x, w: backbone.GRADIENTS[gradients](x, w, 2), x, w)
+  of_x, of_w = back(g)
+  usual, usual_back = jax.vjp(lambda x, w: backbone.contract(x, w, 2), x, w)
+  np.testing.assert_array_equal(product, usual)
+  np.testing.assert_array_equal(of_x, usual_back(g)[0])
+  assert of_x.dtype == jnp.bfloat16 and of_w.dtype == jnp.float32
+  expected = np.einsum("blhe,blij->heij", np.float64(x), np.float64(g))
+  error = np.abs(of_w - expected).max() / np.abs(expected).max()
+  assert least <= error <= most
+
+
 def test_every_parameter_has_axis_names():
   frame = jnp.zeros((1, 1, 2, 2, 3))
   boxed = jax.eval_shape(lambda: model.VideoGPT(CONFIG).init(

@@ -7,6 +7,7 @@ so that a sharding is a choice of axes; layers are stacked in front.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -26,7 +27,7 @@ from videogpt_jax.attention import blocks
 _ROPE_ORIGINAL = 4096  # positions that Phi-3 was trained on before its context was extended
 
 
-NUMERICS = ("dtype", "attention", "remat", "lora")  # of `Config`: how it is computed, not what
+NUMERICS = ("dtype", "attention", "remat", "gradients", "lora")  # how it is computed, not what
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Config:
     dtype: compute type; parameters stay float32.
     attention: implementation, see `videogpt_jax.attention`.
     remat: what the backward pass computes again, a key of `REMAT_POLICIES`.
+    gradients: type of the matrices' gradients while devices add theirs up, a key of `GRADIENTS`.
     lora: adapters beside the matrices, in training alone: for prediction they are merged.
   """
 
@@ -64,6 +66,7 @@ class Config:
   dtype: Any = jnp.float32
   attention: str = "auto"
   remat: str = "none"
+  gradients: str = "compute"
   lora: lora_lib.Config | None = None
 
   @property
@@ -191,6 +194,35 @@ def contract(
   return out.reshape(*rows, *w.shape[axes:])
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def contract_exactly(
+    x: Float[Array, "*lead inner"], w: Float[Array, "inner *outer"], axes: int = 1
+) -> Float[Array, "*lead outer"]:
+  """As `contract`, but the gradient of w is made in float32, whatever the type of x."""
+  return contract(x, w, axes)
+
+
+def _contract_forward(x: Array, w: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
+  return contract(x, w, axes), (x, w)
+
+
+def _contract_backward(axes: int, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+  x, w = kept
+  inner = math.prod(w.shape[:axes])
+  rows, g = x.reshape(-1, inner), g.reshape(x.size // inner, -1)
+  back = g @ w.astype(x.dtype).reshape(inner, -1).T
+  of_w = jax.lax.dot_general(rows, g, (((0,), (0,)), ((), ())),
+                             preferred_element_type=jnp.float32)
+  return back.reshape(x.shape), of_w.astype(w.dtype).reshape(w.shape)
+
+
+contract_exactly.defvjp(_contract_forward, _contract_backward)
+
+# The gradient of a matrix over the tokens of several devices is the sum of what each has found:
+# rounded to the compute type (half the traffic with bfloat16), or in float32.
+GRADIENTS = {"compute": contract, "float32": contract_exactly}
+
+
 def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...],
            in_axes: int | tuple[int, ...] = 0, *, zeros: bool = False) -> Array:
   """A weight with logical axis names, normal with variance 1 / fan-in (or zero).
@@ -222,7 +254,7 @@ def multiply(
     config: Config, x: Float[Array, "*lead inner"], weight: lora_lib.Weight, axes: int = 1
 ) -> Float[Array, "*lead outer"]:
   """As `contract`, with what the adapter adds."""
-  out = contract(x, weight.w, axes)
+  out = GRADIENTS[config.gradients](x, weight.w, axes)
   if config.lora is None or weight.a is None or weight.b is None:
     return out
   return out + config.lora.scale * contract(contract(x, weight.a, axes), weight.b)

@@ -72,6 +72,7 @@ def _model() -> ConfigDict:
   c.dtype = "auto"  # compute type: float32, bfloat16; auto: bfloat16 on accelerators
   c.attention = "auto"  # reference, xla; auto picks by platform and length
   c.remat = "none"  # none, dots, full
+  c.gradients = "compute"  # type in which devices add up gradients: the compute type, float32
   return c
 
 
@@ -339,6 +340,7 @@ def _validate_model(config: ConfigDict) -> None:
   _one_of(config, "model.dtype", ("auto", "float32", "bfloat16"))
   _one_of(config, "model.attention", ("auto", *attention.IMPLEMENTATIONS))
   _one_of(config, "model.remat", ("none", "dots", "full"))
+  _one_of(config, "model.gradients", tuple(backbone.GRADIENTS))
   _one_of(config, "train.offload", step_lib.OFFLOADS)
   if config.train.offload == "activations" and m.remat != "full":
     raise InputError("config.train.offload 'activations' moves what config.model.remat 'full' "
@@ -424,7 +426,8 @@ def _stack(config: ConfigDict) -> backbone.Config:
   """The stack of `config.model`, its compute type left out: that would start jax."""
   m = config.model
   same = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-          "rms_norm_eps", "rope_theta", "max_position_embeddings", "attention", "remat")
+          "rms_norm_eps", "rope_theta", "max_position_embeddings", "attention", "remat",
+          "gradients")
   return backbone.Config(**{name: m[name] for name in same},
                          rope_long_factor=tuple(m.rope_long_factor))
 
