@@ -6,6 +6,7 @@ axes (q `[D, H, E]`, kv `[D, 2, G, E]`, o `[H, E, D]`, gate_up `[D, 2, F]`, down
 so that a sharding is a choice of axes; layers are stacked in front.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -220,7 +221,8 @@ contract_exactly.defvjp(_contract_forward, _contract_backward)
 
 # The gradient of a matrix over the tokens of several devices is the sum of what each has found:
 # rounded to the compute type (half the traffic with bfloat16), or in float32.
-GRADIENTS = {"compute": contract, "float32": contract_exactly}
+GRADIENTS: dict[str, Callable[..., Array]] = {
+    "compute": contract, "float32": contract_exactly}
 
 
 def kernel(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...],
