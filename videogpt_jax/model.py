@@ -286,12 +286,13 @@ class VideoGPT(nn.Module):
     c = self.config.backbone
     patches = patches_per_frame(self.config, *cells)
     prefix_size = 0 if prefix is None else prefix.embeddings.shape[1]
-    # A mesh that splits the sequence wants as many tokens for each device, in whole tiles of
-    # memory (libtpu 0.0.42 fails on odd numbers).
-    shards = sharding.size("sequence")
+    # Each device should have as many tokens, in whole tiles of memory (a mesh that splits the
+    # sequence must: libtpu 0.0.42 fails on odd numbers).
+    shards, length = sharding.size("sequence"), x_BLD.shape[1]
+    tile = max(attention.tile(c.attention, length, c.head_size, c.dtype), 16 if shards > 1 else 1)
     tokens = layout.tokens(blocks, patches, None if prefix is None else prefix.length,
-                           prefix_size=prefix_size, multiple=16 * shards if shards > 1 else 1)
-    length, whole = x_BLD.shape[1], tokens.position.shape[1]
+                           prefix_size=prefix_size, multiple=tile * shards)
+    whole = tokens.position.shape[1]
     x_BLD = jnp.pad(x_BLD, [(0, 0), (0, whole - length), (0, 0)])
     ranks = mask.ranks(tokens)
     ranks_k = ranks if past is None else mask.concatenate(past.ranks, ranks)

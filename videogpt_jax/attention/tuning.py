@@ -14,7 +14,7 @@ import jax
 
 from videogpt_jax.attention import xla
 
-_LANES = 128  # kernels' blocks are multiples of it
+LANES = 128  # kernels' blocks are multiples of it
 TABLE = pathlib.Path(__file__).parent / "block_sizes.json"
 
 
@@ -48,7 +48,7 @@ def fitted(implementation: str, entry: Sequence[int], length_q: int, length_k: i
   if implementation == "xla":
     block = lambda length: xla.block_size(length, frame_tokens, *entry)
     return block(length_q), block(length_k)
-  block_q, block_k = (min(size, -(-length // _LANES) * _LANES)
+  block_q, block_k = (min(size, -(-length // LANES) * LANES)
                       for size, length in zip(entry, (length_q, length_k), strict=True))
   return block_q, block_k
 
