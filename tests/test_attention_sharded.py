@@ -45,7 +45,7 @@ _STEP = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 import flax.linen as nn
-from videogpt_jax import backbone, codec, model, objective, sharding, step
+from videogpt_jax import backbone, codec, model, objective, optimizer, sharding, step
 
 assert jax.device_count() == 8
 stack = backbone.Config(hidden_size=64, intermediate_size=96, num_layers=2, num_heads=8,
@@ -54,7 +54,7 @@ pixels = codec.Pixels(block=4)
 recipe = step.Recipe(
     model=model.Config(backbone=stack, channels=pixels.channels, patch_size=2), codec=pixels,
     objective=objective.next_clip(objective.random_partition),
-    optimizer=optimizer_lib.Config(learning_rate=1e-4, warmup_steps=1, total_steps=1))
+    optimizer=optimizer.Config(learning_rate=1e-4, warmup_steps=1, total_steps=1))
 stored = jax.random.randint(jax.random.key(0), (4, 5, 4, 4, pixels.channels), 0, 256)
 stored = stored.astype(pixels.dtype)
 keys = objective.row_keys(0, jnp.int32(0), 4)
