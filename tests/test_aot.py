@@ -150,7 +150,7 @@ def test_a_report_for_devices_that_are_not_there(tiny, tmp_path):
   result = tiny_run.run("main", f"--config={file}", "--dry_run", "--topology=cpu:4")
   assert result.returncode == 0, result.stderr
   said = result.stdout
-  assert "devices: 4 x cpu, mesh {'data': 2, 'fsdp': 2" in said
+  assert "devices: 4 x cpu, mesh {'slice': 1, 'data': 2, 'fsdp': 2" in said
   assert "each computes 1 video(s) at once, 2 time(s) a step" in said
   assert re.search(r"in all +[\d.]+ [KM]iB 4 devices", said)
   assert "  it fits\n" in said

@@ -198,7 +198,8 @@ def _copied(tuned, folder):
 
 def test_a_checkpoint_holds_adapters_alone(tuned):
   saved = checkpoint.saved_tree(checkpoint.find(tuned))
-  assert set(saved) == {"step", "params", "ema", "opt_state", "bad_steps", "skipped"}
+  assert set(saved) == {"step", "params", "ema", "opt_state", "bad_steps", "skipped",
+                        "typical_norm"}
   for name in ("params", "ema"):
     paths = traverse_util.flatten_dict(saved[name])
     assert len(paths) == 10

@@ -513,9 +513,15 @@ def write_failure(error: Exception) -> str:
 
 
 def quiet_orbax() -> None:
-  """Orbax logs a failed save four times, with tracebacks, and then raises it to us as well."""
-  std_logging.getLogger("absl").addFilter(_not_an_orbax_error)
+  """Orbax logs a failed save four times, with tracebacks, and then raises it to us as well.
+
+  And it warns of every save that waits for the one before; the log of the run has that time.
+  """
+  std_logging.getLogger("absl").addFilter(_worth_telling)
 
 
-def _not_an_orbax_error(record: std_logging.LogRecord) -> bool:
-  return record.levelno < std_logging.ERROR or "orbax" not in record.pathname
+def _worth_telling(record: std_logging.LogRecord) -> bool:
+  if "orbax" not in record.pathname:
+    return True
+  waits = record.getMessage().startswith("Waiting for previous save")
+  return record.levelno < std_logging.ERROR and not waits

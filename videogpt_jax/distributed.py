@@ -12,6 +12,7 @@ import signal
 import sys
 from typing import Any
 
+from absl import flags
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -57,8 +58,27 @@ def initialize(coordinator: str = "", num_processes: int | None = None,
                      ) from error
 
 
-def print_once() -> None:
-  """From here on only process 0 prints to the standard output."""
+def define_flags() -> None:
+  """The flags that `obey_flags` reads."""
+  flags.DEFINE_bool("distributed", False, "One of several processes, as the environment says (TPU "
+                    "pods, SLURM, Kubernetes). Every process runs the same command.")
+  flags.DEFINE_string("coordinator", "", "Where the environment says nothing: HOST:PORT of "
+                      "process 0.")
+  flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+  flags.DEFINE_integer("process_id", None, "The number of this one, from 0.")
+
+
+def obey_flags() -> None:
+  """Joins the other processes if the flags say so; then process 0 alone prints to stdout.
+
+  Raises:
+    InputError, RuntimeError: see `initialize`.
+  """
+  f = flags.FLAGS
+  if not (f.distributed or f.coordinator or f.num_processes is not None
+          or f.process_id is not None):
+    return
+  initialize(f.coordinator, f.num_processes, f.process_id)
   if jax.process_index():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for as long as the process lives
 

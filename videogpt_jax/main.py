@@ -18,16 +18,10 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.",
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, videos.")
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Show the resolved configuration, parameters, FLOPs and memory; train nothing.")
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "One of several processes, as the environment says (TPU pods, SLURM, "
-  "Kubernetes). Every process runs the same command.")
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", "", "Where the environment says nothing: HOST:PORT of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this one, from 0.")
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "With --dry_run: compile for these devices, which need not be there: v5p:4x4x4, "
   "h100:8x8 (nodes x GPUs of a node), cpu:8; see docs/scaling.md.")
+distributed.define_flags()
 
 
 def main() -> None:
@@ -43,9 +37,7 @@ def main() -> None:
     return
   if config.cpu_devices:
     machine.split_cpu(config.cpu_devices)
-  if _DISTRIBUTED.value or _COORDINATOR.value:
-    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    distributed.print_once()
+  distributed.obey_flags()
   machine.use_platform(config.platform)
   if _DRY_RUN.value:
     print(dry_run.report(config))
