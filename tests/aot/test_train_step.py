@@ -62,28 +62,31 @@ def test_the_last_stage_on_one_gpu(train_step):
   assert not facts.traffic.collectives
 
 
-_WIDTH = 768
+_WIDTH, _DEEP = 768, 16
 _THIN = {**_ONE, "model.hidden_size": _WIDTH, "model.intermediate_size": 2048,
-         "model.num_layers": 4, "model.num_heads": 8, "model.num_kv_heads": 8,
+         "model.num_layers": _DEEP, "model.num_heads": 8, "model.num_kv_heads": 8,
          "train.batch_size": 2, "train.accumulation": 1}
 
 
 def test_moments_on_the_host(train_step):
-  """A device then holds half of the state; the moments come and go once a step."""
-  here, there = (train_step("v5p:1x1x1", _config(1, **_THIN, **{"train.offload": name}))
+  """A device then holds half of the state; the moments come and go once a step.
+
+  Where activations take more than the moments, as here: these are fetched when those are gone.
+  """
+  here, there = (train_step("v5p:1x1x1", _config(4, **_THIN, **{"train.offload": name}))
                  for name in ("none", "optimizer"))
   moments = 2 * 4 * here.parameters["total"]
   assert here.memory.arguments - there.memory.arguments == pytest.approx(moments, rel=0.01)
-  assert there.memory.total < here.memory.total
+  assert here.memory.total - there.memory.total > 0.8 * moments
   assert there.memory.host >= 0.99 * moments
   assert there.traffic.host_bytes == pytest.approx(2 * moments, rel=0.05)
 
 
 def test_what_layers_keep_on_the_host(train_step):
-  """A device then holds no layer's input but the one at hand."""
+  """A device then holds no layer's input but the ones at hand."""
   here, there = (train_step("h200:1", _config(1, **_THIN, **{"train.offload": name}))
                  for name in ("none", "activations"))
-  kept = 4 * 2 * here.cost.sequence / 2 * _WIDTH * 2  # layers, videos, tokens, width, bfloat16
+  kept = _DEEP * here.cost.sequence * _WIDTH * 2  # layers, tokens, width, bfloat16
   assert there.memory.host == pytest.approx(kept, rel=0.05)
-  assert here.memory.total - there.memory.total > 0.4 * kept
+  assert here.memory.total - there.memory.total > 0.7 * kept
   assert there.traffic.host_bytes == pytest.approx(2 * kept, rel=0.05)
