@@ -161,7 +161,11 @@ class FinalLayer(nn.Module):
     modulation = jnp.einsum("BND,DKE->BNKE", nn.silu(time_BND), w_mod) + b_mod
     x = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False)(x_BNPD.astype(jnp.float32))
     x = x * (1 + modulation[:, :, None, 1]) + modulation[:, :, None, 0]
-    return backbone.contract(x, w_out) + _bias(self, "bias", (size,), ("patch_out",))
+    # As rows, and apart: for one node of GPUs, XLA (0.10.2) otherwise fuses a transposition of P
+    # and D into the product, and finds no tiles for it.
+    rows = jax.lax.optimization_barrier(x.reshape(-1, D))
+    out = backbone.contract(rows, w_out).reshape(*x.shape[:-1], size)
+    return out + _bias(self, "bias", (size,), ("patch_out",))
 
 
 class VideoGPT(nn.Module):

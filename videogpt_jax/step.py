@@ -270,8 +270,9 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   if recipe.spike:
     good &= (kept < _SPIKE_WARMUP) | (norm <= recipe.spike * state.typical_norm)
 
-  if recipe.offload == "optimizer":
-    here = jax.device_put(state.opt_state, jax.memory.Space.Device)
+  if recipe.offload == "optimizer":  # fetched when the gradients are there, not before
+    there, norm = jax.lax.optimization_barrier((state.opt_state, norm))
+    here = jax.device_put(there, jax.memory.Space.Device)
     state = dataclasses.replace(state, opt_state=here)
   updates, opt_state = optimizer_lib.make(recipe.optimizer).update(
     grads, state.opt_state, state.params

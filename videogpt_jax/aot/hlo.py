@@ -305,8 +305,10 @@ def _exchange(kind: str, each: _Instruction, computation: _Computation, devices:
   """Bytes that a device sends in a collective, and the members of a group."""
   whole = sum(size(_anywhere(shape)) for shape in _shapes(each, computation))
   if kind == "collective-permute":
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", each.rest)
-    return whole, (int(pairs[1]), int(pairs[2])) if pairs else (0, 1)
+    pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", each.rest)
+    found = re.findall(r"\{(\d+),(\d+)\}", pairs[0]) if pairs else []
+    # Some send to themselves: nothing, if all do.
+    return whole, next(((int(a), int(b)) for a, b in found if a != b), (0,))
   members = groups(each.rest, devices)
   n = len(members)
   share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
