@@ -35,7 +35,7 @@ from videogpt_jax.errors import InputError
 _TRAIN = "train"
 _HELD_OUT = ("validation", "val", "valid", "dev", "test")
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
-_INSTALL = "pip install 'videogpt_jax[tfds]' (from the repository: pip install -e '.[tfds]')"
+_INSTALL = "pip install 'videogpt_jax[tfds]'"
 
 
 @dataclasses.dataclass(frozen=True)
