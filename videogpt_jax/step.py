@@ -23,6 +23,7 @@ from videogpt_jax import codec as codec_lib
 from videogpt_jax import flow
 from videogpt_jax import model
 from videogpt_jax import objective as objective_lib
+from videogpt_jax import offload
 from videogpt_jax import sharding
 
 NOISE_BINS = 5  # the loss is logged by time t in as many equal bins
@@ -95,7 +96,7 @@ def _matrices(params: Any) -> Any:
   prefix = "backbone/layers/"
   numbers = dict.fromkeys(flat) | {
     prefix + name: optax.contrib.MuonDimensionNumbers(*axes)
-    for name, axes in backbone.MATRICES.items()}
+    for name, axes in backbone.MATRICES.items() if prefix + name in flat}
   return traverse_util.unflatten_dict(numbers, sep="/")
 
 
@@ -288,25 +289,26 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss_sum"])
 
-  if recipe.offload == "optimizer":  # fetched when the gradients are there, not before
-    there, norm = jax.lax.optimization_barrier((state.opt_state, norm))
-    here = jax.device_put(there, jax.memory.Space.Device)
-    state = dataclasses.replace(state, opt_state=here)
-  updates, opt_state = make_optimizer(recipe.optimizer).update(
-    grads, state.opt_state, state.params
-  )
+  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+  optimizer = make_optimizer(recipe.optimizer)
+  if recipe.offload == "optimizer":
+    clip = optax.clip_by_global_norm(recipe.optimizer.clip_norm)
+    updates, opt_state = offload.update(
+      optimizer, clip.update(grads, optax.EmptyState())[0], state.opt_state, state.params, finite)
+  else:
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    opt_state = keep(opt_state, state.opt_state)
   params = optax.apply_updates(state.params, updates)
   count = state.step.astype(jnp.float32)
   decay = jnp.minimum(recipe.ema_decay, (1 + count) / (10 + count))  # follows fast at first
   ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
 
-  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
   bad = jnp.where(finite, 0, state.bad_steps + 1)
   state = TrainState(
     step=state.step + 1,
     params=keep(params, state.params),
     ema=keep(ema, state.ema),
-    opt_state=keep(opt_state, state.opt_state),
+    opt_state=opt_state,
     bad_steps=bad,
     skipped=state.skipped + (1 - finite.astype(jnp.int32)),
   )
