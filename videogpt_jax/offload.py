@@ -33,7 +33,7 @@ def update(
     params: parameters.
     finite: where False, the state stays.
   """
-  rest_updates, rest_state = _fetched(optimizer, *map(_rest, (grads, state, params)), finite)
+  rest_updates, rest_state = _fetched(optimizer, _rest(grads), _rest(state), _rest(params), finite)
   layers_state, mask = _layers(state), _stacked(state)
   leaves, tree = jax.tree.flatten(layers_state)
   rows = _layers(params)
