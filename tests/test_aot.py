@@ -115,6 +115,39 @@ def test_sizes_of_shapes(shape, size, host):
   assert hlo.size(shape, host=True) == host
 
 
+def test_slices_that_come_from_the_host_and_go_back():
+  """As compilers for TPU write them, asynchronously; 12 numbers of 4 bytes each way, twice."""
+  there, here = "f32[9,12]{1,0:T(8)S(5)}", "f32[1,12]{1,0:T(8)}"
+  update = f"(({there}, {here}, s32[], s32[]), {there}, u32[]{{:S(2)}})"
+  text = f"""
+%body (p: (s32[], {there})) -> (s32[], {there}) {{
+  %p = (s32[], {there}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = {there} get-tuple-element(%p), index=1
+  %s = (({there}, s32[], s32[]), {here}, u32[]{{:S(2)}}) dynamic-slice-start(%x, %i, %i)
+  %d = {here} dynamic-slice-done(%s)
+  %u = {update} dynamic-update-slice-start(%x, %d, %i, %i)
+  %v = {there} dynamic-update-slice-done(%u)
+  ROOT %t = (s32[], {there}) tuple(%i, %v)
+}}
+
+%test (q: (s32[], {there})) -> pred[] {{
+  %q = (s32[], {there}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %n = s32[] constant(2)
+  ROOT %lt = pred[] compare(%j, %n), direction=LT
+}}
+
+ENTRY %main (a: (s32[], {there})) -> (s32[], {there}) {{
+  %a = (s32[], {there}) parameter(0)
+  ROOT %w = (s32[], {there}) while(%a), condition=%test, body=%body
+}}
+"""
+  found = hlo.read(text, 1)
+  assert found.host_bytes == 2 * 2 * 12 * 4
+  assert found.unknown_loops == 0
+
+
 # Topologies -------------------------------------------------------------------------------
 
 

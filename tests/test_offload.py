@@ -1,5 +1,6 @@
 """What lies in the host's memory between its uses changes no number."""
 
+import dataclasses
 import types
 
 import jax
@@ -20,16 +21,26 @@ from videogpt_jax import train
 from videogpt_jax.errors import InputError
 
 
-def _three_steps(offload, remat):
+def _recipe(offload, remat, **settings):
   pixels = codec.Pixels(block=4)
   stack = backbone.Config(hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2,
                           num_kv_heads=2, remat=remat)
-  recipe = step.Recipe(
+  return step.Recipe(
     model=model.Config(backbone=stack, channels=pixels.channels), codec=pixels,
     objective=objective.next_clip(objective.random_partition),
-    optimizer=optimizer.Config(1e-3, 1, 10), offload=offload)
-  stored = jax.random.randint(jax.random.key(1), (2, 4, 4, 4, 48), 0, 256).astype(jnp.uint8)
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+    optimizer=optimizer.Config(1e-3, 1, 10, **settings), offload=offload)
+
+
+def _mesh():
+  return sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+
+
+def _stored():
+  return jax.random.randint(jax.random.key(1), (2, 4, 4, 4, 48), 0, 256).astype(jnp.uint8)
+
+
+def _three_steps(offload, remat, **settings):
+  recipe, mesh, stored = _recipe(offload, remat, **settings), _mesh(), _stored()
   with sharding.use(mesh):
     state, run = step.create_state(recipe, mesh), step.compile_step(recipe, mesh)
     for _ in range(3):
@@ -51,6 +62,27 @@ def test_the_same_numbers(on_the_device, offload, remat):
     np.testing.assert_array_equal(a, b)
   kinds = {x.sharding.memory_kind for x in jax.tree.leaves(ours.opt_state) if x.ndim}
   assert kinds == {"pinned_host" if offload == "optimizer" else "device"}
+
+
+@pytest.mark.parametrize("settings", [{"name": "muon"}, {"clip_norm": 0.01}])
+def test_layer_by_layer_is_all_at_once(settings):
+  """Matrices are made orthogonal each by itself; gradients are clipped by their joint norm."""
+  (ours, _), (theirs, _) = (_three_steps(name, "full", **settings)
+                            for name in ("optimizer", "none"))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_leaves_the_moments():
+  recipe, mesh, stored = _recipe("optimizer", "full"), _mesh(), _stored()
+  with sharding.use(mesh):
+    state, run = step.create_state(recipe, mesh), step.compile_step(recipe, mesh)
+    state, _ = run(state, stored)
+    before = jax.tree.map(np.asarray, state.opt_state)
+    broken = jax.tree.map(lambda x: x * jnp.nan, state.params)
+    state, metrics = run(dataclasses.replace(state, params=broken), stored)
+  assert metrics["bad_steps"] == 1
+  jax.tree.map(np.testing.assert_array_equal, state.opt_state, before)
 
 
 def test_a_run_with_its_moments_on_the_host_resumes(tiny, tmp_path):
@@ -80,4 +112,8 @@ def test_what_makes_no_sense_is_refused(tiny):
     config_lib.validate(tiny)
   tiny.train.offload = "weights"
   with pytest.raises(InputError, match="known: none, optimizer, activations"):
+    config_lib.validate(tiny)
+  tiny.train.offload = "optimizer"
+  tiny.optimizer.name = "adafactor"
+  with pytest.raises(InputError, match="adafactor clips the updates of all layers together"):
     config_lib.validate(tiny)

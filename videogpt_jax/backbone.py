@@ -177,7 +177,8 @@ def rms_norm(
     x: Float[Array, "B L D"], weight: Float[Array, "D"], epsilon: float, dtype: Any
 ) -> Float[Array, "B L D"]:
   """x / rms(x) * weight, statistics in float32, as `dtype`."""
-  rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])  # as in `contract`: faster on CPU
+  shape = x.shape if sharding.size("sequence") > 1 else (-1, x.shape[-1])  # as in `contract`
+  rows = x.astype(jnp.float32).reshape(shape)
   rows = rows * jax.lax.rsqrt(jnp.mean(jnp.square(rows), -1, keepdims=True) + epsilon)
   return (rows * weight).astype(dtype).reshape(x.shape)
 
@@ -190,6 +191,8 @@ def contract(
   One plain product of two matrices: XLA on CPU transposes (slowly, and together with all
   that leads there) an operand of a product with several row axes.
   """
+  if sharding.size("sequence") > 1:  # merged with the batch, tokens that are split are gathered
+    return jnp.tensordot(x, w.astype(x.dtype), axes)
   rows, inner = x.shape[:-axes], math.prod(w.shape[:axes])
   out = x.reshape(-1, inner) @ w.astype(x.dtype).reshape(inner, -1)
   return out.reshape(*rows, *w.shape[axes:])

@@ -345,6 +345,10 @@ def _validate_model(config: ConfigDict) -> None:
   if config.train.offload == "activations" and m.remat != "full":
     raise InputError("config.train.offload 'activations' moves what config.model.remat 'full' "
                      f"keeps; remat is {m.remat!r}")
+  if config.train.offload == "optimizer" and config.optimizer.name == "adafactor":
+    raise InputError("config.train.offload 'optimizer' updates layer by layer, and adafactor clips "
+                     "the updates of all layers together; its second moment is small: set "
+                     "config.optimizer.moments 'bfloat16', or b1 0, instead")
   fit(config)
 
 

@@ -91,7 +91,7 @@ def _matrices(params: Any) -> Any:
   prefix = "backbone/layers/"
   numbers = dict.fromkeys(flat) | {
     prefix + name: optax.contrib.MuonDimensionNumbers(*axes)
-    for name, axes in backbone.MATRICES.items()}
+    for name, axes in backbone.MATRICES.items() if prefix + name in flat}
   return traverse_util.unflatten_dict(numbers, sep="/")
 
 

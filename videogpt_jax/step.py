@@ -23,6 +23,7 @@ from videogpt_jax import flow
 from videogpt_jax import lora
 from videogpt_jax import model
 from videogpt_jax import objective as objective_lib
+from videogpt_jax import offload
 from videogpt_jax import optimizer as optimizer_lib
 from videogpt_jax import sharding
 
@@ -270,13 +271,15 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   if recipe.spike:
     good &= (kept < _SPIKE_WARMUP) | (norm <= recipe.spike * state.typical_norm)
 
-  if recipe.offload == "optimizer":  # fetched when the gradients are there, not before
-    there, norm = jax.lax.optimization_barrier((state.opt_state, norm))
-    here = jax.device_put(there, jax.memory.Space.Device)
-    state = dataclasses.replace(state, opt_state=here)
-  updates, opt_state = optimizer_lib.make(recipe.optimizer).update(
-    grads, state.opt_state, state.params
-  )
+  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+  optimizer = optimizer_lib.make(recipe.optimizer)
+  if recipe.offload == "optimizer":
+    clip = optax.clip_by_global_norm(recipe.optimizer.clip_norm)
+    updates, opt_state = offload.update(
+      optimizer, clip.update(grads, optax.EmptyState())[0], state.opt_state, state.params, good)
+  else:
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    opt_state = keep(opt_state, state.opt_state)
   params = optax.apply_updates(state.params, updates)
   ema = None
   if state.ema is not None:
@@ -287,13 +290,12 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   pace = jnp.maximum(1 / (kept + 1), 1 / _SPIKE_WARMUP)  # a mean, later one that follows
   typical = state.typical_norm + pace * (norm - state.typical_norm)
 
-  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
   bad = jnp.where(good, 0, state.bad_steps + 1)
   state = TrainState(
     step=state.step + 1,
     params=keep(params, state.params),
     ema=keep(ema, state.ema),
-    opt_state=keep(opt_state, state.opt_state),
+    opt_state=opt_state,
     bad_steps=bad,
     skipped=state.skipped + (1 - good.astype(jnp.int32)),
     typical_norm=keep(typical, state.typical_norm),

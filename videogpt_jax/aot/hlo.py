@@ -20,6 +20,7 @@ _KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduc
 _FREE = frozenset((
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
   "conditional", "after-all", "async-start", "partition-id", "replica-id", "opt-barrier", "iota"))
+_SLICES = ("dynamic-slice", "dynamic-update-slice")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(condition|body|calls|to_apply)=%?([\w.\-]+)|"
                      r"\b(branch_computations|called_computations)=\{([^}]*)\}")
@@ -221,12 +222,13 @@ def _moved(each: _Instruction, computation: _Computation,
   if each.opcode in _FREE or each.opcode.endswith(("-done", "-update")):
     return 0.0
   shapes = _shapes(each, computation)
+  if each.opcode.removesuffix("-start") in _SLICES:  # one end may lie elsewhere
+    part = _part(each, shapes)
+    return size(part) + (size(_anywhere(part)) if size(shapes[0]) else 0.0)
   if each.opcode.endswith("-start"):  # the result repeats the operands
     return size(each.shape)
-  if each.opcode in ("dynamic-slice", "gather"):
+  if each.opcode == "gather":
     return 2 * size(each.shape)
-  if each.opcode == "dynamic-update-slice":
-    return 2 * size(shapes[1])
   if each.opcode == "fusion":
     fused = computations[each.called["calls"][0]]
     reads = (_used(one.name, fused, computations) for one in _parameters(fused))
@@ -237,15 +239,24 @@ def _moved(each: _Instruction, computation: _Computation,
 def _across(each: _Instruction, computation: _Computation) -> float:
   """Bytes that an instruction copies between the device's memory and the host's."""
   shapes = _shapes(each, computation)
-  if each.opcode == "dynamic-slice" and size(shapes[0], host=True):
-    return size(_anywhere(each.shape))
-  if each.opcode == "dynamic-update-slice" and size(each.shape, host=True):
-    return size(_anywhere(shapes[1]))
+  if each.opcode.removesuffix("-start") in _SLICES:
+    part = _part(each, shapes)
+    crosses = bool(size(shapes[0], host=True)) != bool(size(part, host=True))
+    return size(_anywhere(part)) if crosses else 0.0
   if each.opcode in ("copy", "copy-start"):
     target = next(found[0] for found in _SHAPE.finditer(each.shape))  # then the source, if async
     if size(shapes[0], host=True) != size(target, host=True):
       return size(_anywhere(shapes[0]))
   return 0.0
+
+
+def _part(each: _Instruction, shapes: list[str]) -> str:
+  """The shape of what is cut out of an array or put into it."""
+  if each.opcode.startswith("dynamic-update-slice"):
+    return shapes[1]
+  if each.opcode.endswith("-start"):  # the result repeats the operands, then comes the part
+    return [found[0] for found in _SHAPE.finditer(each.shape)][len(shapes)]
+  return each.shape
 
 
 def _shapes(each: _Instruction, computation: _Computation) -> list[str]:
