@@ -72,12 +72,15 @@ class _Run:
 
 
 def _chaos(run, kills, steps, moments, longest):
-  """Kills processes: most while they train, every fourth at any moment since its start."""
+  """Kills processes: most while they train, every fourth at any moment since its start.
+
+  That may be while they look for each other, restore or compile.
+  """
   record = []
   run.wait(lambda: len(run.pids()) == 2)
   for number in range(kills):
     resumed = run.newest()
-    if number % 4 == 3:
+    if number % 4 == 1:
       time.sleep(moments.uniform(0, longest))
     else:
       reach = max(1, 2 * (steps - 6 - resumed) // (kills - number + 1))

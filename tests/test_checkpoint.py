@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import pathlib
 import resource
@@ -328,15 +329,16 @@ def test_the_last_those_at_a_cadence_and_the_best_stay(tmp_path):
   assert checkpoint.read_extra(checkpoints.directory / "50")["held_out"] == 0.2
 
 
-@given(losses=st.lists(st.none() | st.floats(0, 1), min_size=1, max_size=12),
+@given(losses=st.lists(st.none() | st.floats(0, 1) | st.sampled_from([math.nan, math.inf]),
+                       min_size=1, max_size=12),
        last=st.integers(1, 4), every=st.integers(0, 5), best=st.integers(0, 3))
 def test_retention_keeps_what_it_says_and_no_more(losses, last, every, best):
   numbered = [(3 * i, loss) for i, loss in enumerate(losses)]
   kept = retention.Retention(last, every, best).stays(numbered)
   stay = [x for x, wanted in zip(numbered, kept, strict=True) if wanted]
   assert stay[-last:] == numbered[-last:]
-  measured = sorted(loss for _, loss in numbered if loss is not None)[:best]
-  assert sorted(loss for _, loss in stay if loss is not None)[:best] == measured
+  finite = lambda some: sorted(x for _, x in some if x is not None and math.isfinite(x))[:best]
+  assert finite(stay) == finite(numbered)
   cadence = {step for step, _ in numbered if every and step % every == 0}
   assert cadence <= {step for step, _ in stay}
   assert len(stay) <= last + best + len(cadence)
@@ -350,13 +352,13 @@ def test_senseless_retention_is_refused(numbers):
 
 
 @contextlib.contextmanager
-def _failing_storage(monkeypatch, times):
-  """The next `times` saves fail while they are being written."""
-  left, write = [times], checkpoint.Checkpoints._write_checksums
+def _failing_storage(monkeypatch, times, after=0):
+  """So many saves fail while they are being written, after some that do not."""
+  done, write = [0], checkpoint.Checkpoints._write_checksums
 
   def fail(self):
-    if left[0]:
-      left[0] -= 1
+    done[0] += 1
+    if after < done[0] <= after + times:
       raise OSError(errno.EIO, "Input/output error")
     write(self)
 
@@ -378,7 +380,44 @@ def test_storage_that_fails_for_a_while_costs_the_checkpoints_of_that_while(tmp_
     checkpoints.close()
   assert caplog.text.count("could not be written") == 2 and "failure 2 of 2" in caplog.text
   _assert_restores(tmp_path, 4)
-  assert sorted(p.name for p in checkpoints.directory.iterdir() if p.name.isdigit()) == ["3", "4"]
+  assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["3", "4"]
+
+
+def test_failed_saves_take_no_room(tmp_path, monkeypatch):
+  """Else a full disk would be fuller by every save that is tried."""
+  with _failing_storage(monkeypatch, times=1, after=1):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=retention.Retention(1), save_every=1,
+                                         failures=2)
+    checkpoints.save(1, _state(1), {**EXTRA, "at": 1}, wait=True)
+    checkpoints.save(2, _state(2), {**EXTRA, "at": 2})
+    checkpoints.wait()
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["1"]
+    checkpoints.save(3, _state(3), {**EXTRA, "at": 3}, wait=True)
+    checkpoints.close()
+  assert [path.name for path in checkpoints.directory.iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("gone", ["extra/metadata", "checksums.json", "_CHECKPOINT_METADATA",
+                                  "state/_METADATA"])
+def test_an_old_checkpoint_that_a_kill_left_half_deleted_goes(tmp_path, gone):
+  checkpoints = _open(tmp_path)
+  for step in (10, 20, 30):
+    checkpoints.save(step, _state(step), {**EXTRA, "at": step}, wait=True)
+  checkpoints.close()
+  (checkpoints.directory / "20" / gone).unlink()
+  _assert_restores(tmp_path, 30)
+  assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["30"]
+
+
+def test_a_state_from_before_norms_were_followed(tmp_path):
+  """Their typical norm is then not known: zero."""
+  state = {"params": {"x": jnp.ones(3)}, "ema": {"x": jnp.ones(3)}}
+  checkpoints = _open(tmp_path)
+  checkpoints.save(1, state, EXTRA, wait=True)
+  _, restored = checkpoints.restore(state | {"typical_norm": jnp.float32(7)})
+  checkpoints.close()
+  assert restored["typical_norm"] == 0
+  np.testing.assert_array_equal(restored["params"]["x"], state["params"]["x"])
 
 
 @pytest.mark.parametrize(("failures", "saved"), [(2, True), (1, False)])

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ print(json.dumps({"rows": found, "heard": heard}))
 
 
 def test_rows_are_disjoint_and_complete():
-  said = [json.loads(out.splitlines()[-1])
+  said = [json.loads(next(line for line in out.splitlines() if line.startswith("{")))
           for out in processes.finish(processes.start(["-c", _ROWS], 2, 2))]
   first, second = (part["rows"] for part in said)
   for ours, theirs in zip(first[:3], second[:3], strict=True):
@@ -107,6 +108,50 @@ def test_a_signal_to_one_stops_all_after_the_same_step(finished, tmp_path, numbe
     env=processes.environment(4))
   assert done.returncode == 0, done.stderr
   assert f"at step {step}" in done.stdout
+
+
+def _errors_of_the_first(running):
+  """What process 0 says until it ends of itself; then all are killed."""
+  timer = threading.Timer(100, running[0].kill)
+  timer.start()
+  _, errors = running[0].communicate()
+  timer.cancel()
+  for process in running[1:]:
+    process.kill()
+    process.communicate()
+  return errors
+
+
+_LIMITED = """
+import resource, runpy, sys
+if "--process_id=0" in sys.argv:
+  resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+else:
+  sys.argv.pop(1)
+runpy.run_module("videogpt_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_storage_that_refuses_ends_all_and_the_same_command_goes_on(finished, tmp_path):
+  """One process cannot write its checkpoint: a crash, which launchers answer by a new start."""
+  names = finished.workdir / checkpoint.FOLDER / "21" / "state" / "_METADATA"
+  options = [f"--config={finished.config_file}", f"--workdir={tmp_path}"]
+  running = processes.start(["-c", _LIMITED, names.stat().st_size - 1, *options], 2, 4)
+  errors = _errors_of_the_first(running)  # the other would wait for it for hours
+  assert running[0].returncode == 1, errors
+  assert "OSError: the checkpoint of step 3 could not be written" in errors
+  processes.train(finished.config_file, tmp_path, 2, 4)
+  tiny_run.assert_same_state(tmp_path, finished.workdir)
+
+
+def test_an_error_in_one_process_ends_it_at_once(finished, tmp_path):
+  """It does not wait for the others, which may be waiting for it."""
+  (tmp_path / "metrics.jsonl").write_text("no JSON\n{}\n")  # only process 0 looks
+  running = processes.start(
+    ["-m", "videogpt_jax.main", f"--config={finished.config_file}", f"--workdir={tmp_path}"], 2, 1)
+  errors = _errors_of_the_first(running)
+  assert running[0].returncode == 2, errors
+  assert "line 1 is not JSON" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(("options", "message"), [

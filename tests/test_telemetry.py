@@ -156,11 +156,19 @@ def _largest_file(size: int):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_stops_the_run_with_a_clear_message(tmp_path):
+def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path, caplog):
+  """Until it has room again; every line that is there is whole."""
   writer = telemetry.Writer(tmp_path)
-  with _largest_file(2000), pytest.raises(InputError, match=r"cannot write to .*too large"):
-    for step in range(1000):  # a writer that only blocks or loses lines would run through
+  with _largest_file(2000):
+    for step in range(1000):  # a writer that blocks would never come to the end
       writer.scalars(step, {"loss": 1.0})
+      writer.timing({"step": step})
+    writer.image(999, "noise", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+  assert caplog.text.count("cannot write to") == 1 and "too large" in caplog.text
+  writer.scalars(1000, {"loss": 2.0})
+  writer.close()
+  records = telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE)
+  assert records[0] == {"step": 0, "loss": 1.0} and records[-1] == {"step": 1000, "loss": 2.0}
 
 
 class Clock:

@@ -461,6 +461,27 @@ def test_nan_losses_are_skipped_and_too_many_stop_the_run(tiny, tmp_path, poison
   assert train.train(tiny, str(tmp_path)) == 12  # and it goes on from there
 
 
+def test_returns_to_the_same_parameters_are_counted(tiny, tmp_path, poison, capsys):
+  """Also where each of them was saved under the step at which it happened."""
+  tiny.train.steps, tiny.train.max_bad_steps, tiny.train.max_rollbacks = 60, 3, 2
+  tiny.log.videos, tiny.log.validate_every = 0, 60
+  poison(*range(7, 61))
+  with pytest.raises(InputError, match=r"up to step 15.*2 returns .* have not helped"):
+    train.train(tiny, str(tmp_path))
+  assert "going on from step 12 with the parameters of step 9" in capsys.readouterr().out
+
+
+def test_the_learning_rate_is_that_of_the_updates(tiny, tmp_path, poison):
+  """An update that is skipped does not count in it; after a return it is that of the step."""
+  tiny.train.steps, tiny.train.max_bad_steps, tiny.log.videos, tiny.log.every = 12, 2, 0, 1
+  tiny.optimizer.warmup_steps, tiny.optimizer.learning_rate = 100, 1.0
+  poison(2, 8, 9)
+  train.train(tiny, str(tmp_path))
+  records = telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE)
+  rates = [100 * r["learning_rate"] for r in records if "learning_rate" in r]
+  assert rates == pytest.approx([1, 2, 2, 3, 4, 5, 6, 7, 7, 10, 11, 12])
+
+
 def test_a_row_of_skipped_updates_leads_back_to_the_last_good_checkpoint(
   tiny, steps, tmp_path, poison, interrupt, monkeypatch, capsys
 ):
@@ -588,6 +609,18 @@ def test_every_microbatch_divides_among_the_devices(tiny, batch, parts, fits):
   else:
     with pytest.raises(InputError, match=f"{batch // parts} rows does not divide among 8 devices"):
       train.check_devices(tiny, mesh)
+
+
+@pytest.mark.parametrize(("shape", "heads", "message"), [
+  ((1, 1, 1, 1, 4), 2, r"num_heads 2 over 2 heads .* tensor x sequence = 4 x 1"),
+  ((1, 1, 1, 4, 1), 2, r"tensor x sequence = 1 x 4"),
+  ((1, 1, 5, 1, 1), 2, r"parameter \S+ of shape .* does not divide .* 'fsdp': 5.*config.mesh"),
+])
+def test_a_model_that_the_mesh_cannot_split_is_refused(tiny, shape, heads, message):
+  tiny.model.num_heads = tiny.model.num_kv_heads = heads
+  tiny.train.batch_size = 40
+  with pytest.raises(InputError, match=message):
+    train.check_devices(tiny, AbstractMesh(shape, sharding.AXES))
 
 
 @pytest.mark.parametrize("name,why", [("tpu", "need a TPU"), ("gpu", "need a Hopper GPU")])

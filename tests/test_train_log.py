@@ -26,6 +26,7 @@ def _metrics(bad_steps=0):
   bins = {"noise": step_lib.NOISE_BINS, "clip": step_lib.CLIP_BINS}
   sums = {f"{kind}_{name}": jnp.ones(n) for kind, n in bins.items() for name in ("sum", "count")}
   return {"loss_sum": jnp.float32(3), "loss_count": jnp.float32(2), "grad_norm": jnp.float32(1),
+          "learning_rate": jnp.float32(0.1),
           "bad_steps": jnp.int32(bad_steps), "skipped": jnp.int32(bad_steps), **sums}
 
 

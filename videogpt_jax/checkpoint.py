@@ -42,6 +42,9 @@ HELD_OUT = "held_out"  # in EXTRA: the held-out loss at the step, if it was meas
 _CHECKSUMS = "checksums.json"
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _DAMAGED = "damaged-"
+_LATER = ("typical_norm",)  # entries of the state that older checkpoints lack; they start at zero
+_POLL_SECONDS = 0.01
+_SAVE_SECONDS = 6 * 3600  # that processes wait for each other while one of them writes and checks
 CHUNK_BYTES = 128 << 20  # of the stored arrays: a part of one can be read alone, and in parallel
 
 # Leaves of `config.model` that change how the model is computed, not what it is.
@@ -61,7 +64,9 @@ class Checkpoints:
     keep: which of the finished ones stay.
     save_every: steps between two.
     failures: saves in a row that may fail, with a warning, before the run ends. The state is
-      not lost by one: the next save has all of it.
+      not lost by one: the next save has all of it. Of several processes the first refusal ends
+      the one that meets it (`OSError`): the others cannot know of it, and a launcher starts all
+      again from the checkpoint before.
     retry_seconds: wait before a save that `wait`s is tried again, doubled every time.
 
   Raises:
@@ -81,19 +86,19 @@ class Checkpoints:
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       self._latest = distributed.from_first(lambda: _set_aside_damaged(self.directory))
-      self._losses = {step: read_extra(self.directory / str(step)).get(HELD_OUT)
-                      for step in _steps(self.directory)}
+      self._losses = _held_out_losses(self.directory)
       self._manager = self._open_manager(keep)
     except OSError as error:
       raise InputError(f"cannot write checkpoints to {self.directory}: {error}") from error
 
-  def _open_manager(self, keep: retention.Retention) -> ocp.CheckpointManager:
+  def _open_manager(self, keep: retention.Retention) -> "_Manager":
     quiet_orbax()
     options = ocp.CheckpointManagerOptions(
       preservation_policy=retention.Policy(keep, self._losses),
       cleanup_tmp_directories=True,
       lightweight_initialize=True,
-      async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+      async_options=ocp.AsyncOptions(
+        timeout_secs=_SAVE_SECONDS, post_finalization_callback=self._write_checksums),
     )
     return _Manager(
       self.directory,
@@ -158,18 +163,25 @@ class Checkpoints:
 
   def check(self) -> None:
     """Notices a background save that failed, as `wait` does; never waits."""
-    if self._saving is not None and not self._manager.is_saving_in_progress():
+    saving = self._manager.is_saving_in_progress() and not self._manager.failed_alone()
+    if self._saving is not None and not saving:
       self.wait()
 
   def wait(self) -> None:
     """Waits until a save under way is whole on disk. Raises `InputError` as `save` does."""
     with self._write_errors():
+      while self._manager.is_saving_in_progress():
+        if error := self._manager.failed_alone():
+          raise error
+        time.sleep(_POLL_SECONDS)
       self._manager.wait_until_finished()
     if self._saving is not None:
       self._latest, self._saving, self._failed = self._saving, None, 0
 
   def close(self) -> None:
     """Waits for a save under way and frees threads. Raises `InputError` as `wait` does."""
+    if self._manager.failed_alone():  # and has been told; orbax would wait for the others
+      return
     try:
       self.wait()
     finally:
@@ -202,6 +214,7 @@ class Checkpoints:
     fresh_ema = wanted.pop(EMA, None) if EMA not in saved else None
     if EMA not in wanted:
       saved.pop(EMA, None)
+    later = {name: wanted.pop(name) for name in _LATER if name in wanted and name not in saved}
     differences = _leaf_differences(wanted, saved)
     if differences:
       raise InputError(
@@ -210,6 +223,8 @@ class Checkpoints:
         + "\nuse the configuration it was saved with, or another workdir"
       )
     restored = _restore(folder, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+    for name, leaf in later.items():
+      restored[name] = jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
     if fresh_ema is not None:
       restored[EMA] = jax.tree.map(jnp.copy, restored[PARAMS])
     return self._latest, serialization.from_state_dict(target, restored)
@@ -232,7 +247,11 @@ class Checkpoints:
       if not reason:
         raise
       failed, self._saving = self._saving, None
+      if jax.process_count() > 1:
+        raise OSError(f"the checkpoint of step {failed} could not be written to {self.directory}: "
+                      f"{reason}") from error
       self._failed += 1
+      self._clear(failed)
       last = "there is no older one" if self._latest is None else f"step {self._latest} is whole"
       message = (f"the checkpoint of step {failed} could not be written to {self.directory} "
                  f"({last}): {reason}; free some space or mend the folder")
@@ -242,6 +261,16 @@ class Checkpoints:
                       self._failures)
 
 
+  def _clear(self, failed: int | None) -> None:
+    """Makes room: what a failed save has written goes, and orbax looks anew what there is.
+
+    It counts those as deleted that it would have deleted after the save.
+    """
+    for part in self.directory.glob(f"{failed}.orbax-checkpoint-tmp*"):
+      shutil.rmtree(part, ignore_errors=True)
+    self._manager.reload()
+
+
 class _Manager(ocp.CheckpointManager):
   """Orbax's, which is told when to save and does not look out for preemptions itself.
 
@@ -249,9 +278,22 @@ class _Manager(ocp.CheckpointManager):
   from disk.
   """
 
+  _failure: Exception | None = None
+
   def reached_preemption(self, step: int) -> bool:
     """`distributed.stopping` sees to it."""
     return False
+
+  def failed_alone(self) -> Exception | None:
+    """What went wrong in this of several processes, for which orbax waits before it tells."""
+    return self._failure if jax.process_count() > 1 else None
+
+  def _wait_for_checkpointers(self) -> None:
+    try:
+      super()._wait_for_checkpointers()
+    except Exception as error:
+      self._failure = error
+      raise
 
 
 def compare(now: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
@@ -399,8 +441,23 @@ def _steps(directory: pathlib.Path) -> list[int]:
   return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
+def _held_out_losses(directory: pathlib.Path) -> dict[int, float | None]:
+  """The held-out losses at the steps of the finished checkpoints, as far as they are known."""
+  losses: dict[int, float | None] = {}
+  for step in _steps(directory):
+    try:
+      losses[step] = read_extra(directory / str(step)).get(HELD_OUT)
+    except (OSError, ValueError):  # an old one that is damaged, or that another process deletes
+      losses[step] = None
+  return losses
+
+
 def _set_aside_damaged(directory: pathlib.Path) -> int | None:
-  """Renames damaged checkpoints newer than the newest whole one; returns that one's step."""
+  """Renames damaged checkpoints newer than the newest whole one; returns that one's step.
+
+  Older ones of which files are missing are deleted: orbax deletes file by file, so a kill leaves
+  such.
+  """
   damaged: dict[int, str] = {}
   latest = None
   for step in _steps(directory):
@@ -422,7 +479,19 @@ def _set_aside_damaged(directory: pathlib.Path) -> int | None:
     aside = directory / f"{_DAMAGED}{step}"
     shutil.rmtree(aside, ignore_errors=True)
     (directory / str(step)).rename(aside)
+  for step in _steps(directory):
+    if not _has_all_files(directory / str(step)):
+      shutil.rmtree(directory / str(step), ignore_errors=True)
   return latest
+
+
+def _has_all_files(folder: pathlib.Path) -> bool:
+  """Whether nothing of a checkpoint has been deleted; a look at names alone."""
+  try:
+    sums = json.loads((folder / _CHECKSUMS).read_text())
+  except (OSError, ValueError):
+    return False
+  return all((folder / name).is_file() for name in (_ORBAX_METADATA, *sums))
 
 
 def _damage(folder: pathlib.Path) -> str:

@@ -1,10 +1,13 @@
 """The edge of every command: parse flags, run, turn `InputError` into one clear line."""
 
 from collections.abc import Callable, Sequence
+import os
 import signal
 import sys
 import threading
-from typing import Any
+import time
+import traceback
+from typing import Any, NoReturn
 
 from absl import app
 from absl import flags
@@ -13,13 +16,16 @@ from absl import logging
 from videogpt_jax.errors import InputError
 
 USER_ERROR_STATUS = 2
+_CRASH_STATUS = 1
+_FIRST_LEAVES_AFTER = 3.0  # seconds
 
 
 def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
   """Parses the absl flags in `argv` (default: the process's) and runs `main`.
 
   Exits with status 2 and no traceback after an `InputError` or a flag that does
-  not parse; positional arguments are refused, since no command takes any.
+  not parse; positional arguments are refused, since no command takes any. One of several
+  processes ends at once after any error.
   """
 
   def guarded(args: Sequence[str]) -> None:
@@ -33,7 +39,32 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
     app.run(guarded, argv=list(argv) if argv is not None else None, flags_parser=_parse)
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
+    if _is_one_of_several():
+      _leave(USER_ERROR_STATUS)
     sys.exit(USER_ERROR_STATUS)
+  except Exception:
+    if not _is_one_of_several():
+      raise
+    traceback.print_exc()
+    _leave(_CRASH_STATUS)
+
+
+def _is_one_of_several() -> bool:
+  jax = sys.modules.get("jax")
+  return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _leave(status: int) -> NoReturn:
+  """Ends one of several processes. Ended in good order, it would first wait for the others.
+
+  They may be waiting for it in turn, in an exchange. The first one, whose end is an error to all
+  others, leaves time to those who end of themselves.
+  """
+  if not sys.modules["jax"].process_index():
+    time.sleep(_FIRST_LEAVES_AFTER)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -90,7 +90,7 @@ def from_first(function: Callable[[], Any]) -> Any:
     function: returns something JSON-able and short.
 
   Raises:
-    InputError: the function raised one, everywhere.
+    InputError: the function raised one, or an `OSError`; everywhere.
   """
   if jax.process_count() == 1:
     return function()
@@ -98,7 +98,7 @@ def from_first(function: Callable[[], Any]) -> Any:
   if jax.process_index() == 0:
     try:
       said = {"value": function()}
-    except InputError as error:
+    except (InputError, OSError) as error:  # whatever it is, the others wait for an answer
       said = {"error": str(error)[:_MESSAGE_BYTES // 4]}
   text = json.dumps(said).encode().ljust(_MESSAGE_BYTES)
   heard = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
@@ -113,6 +113,20 @@ def everywhere(x: jax.Array) -> jax.Array | np.ndarray:
   if x.is_fully_addressable:
     return x
   return multihost_utils.process_allgather(x, tiled=True)
+
+
+def smallest(number: int) -> int:
+  """The smallest of the numbers that the processes call this with."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.process_allgather(np.int32(number)).min())
+
+
+def as_first(x: np.ndarray) -> np.ndarray:
+  """The array of process 0, for all; those of the others may differ in their last bits."""
+  if jax.process_count() == 1:
+    return x
+  return np.asarray(multihost_utils.broadcast_one_to_all(x))
 
 
 @contextlib.contextmanager

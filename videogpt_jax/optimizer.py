@@ -40,7 +40,8 @@ class Config:
   AdamW, and has little of it left to save in Adafactor.
 
   The learning rate rises linearly over `warmup_steps`, stays, and over the last
-  `cooldown_steps` (if any) of `total_steps` falls linearly to zero.
+  `cooldown_steps` (if any) of `total_steps` falls linearly to zero. Updates that are skipped do
+  not count in it.
   """
 
   learning_rate: float
@@ -66,6 +67,20 @@ def learning_rate(config: Config) -> optax.Schedule:
   begin = config.total_steps - config.cooldown_steps
   cooldown = optax.linear_schedule(config.learning_rate, 0.0, config.cooldown_steps)
   return optax.join_schedules([shifted, cooldown], [begin])
+
+
+def count(opt_state: Any) -> Array:
+  """How many updates the learning rate's schedule has seen."""
+  return optax.tree_utils.tree_get_all_with_path(opt_state, "count", _of_schedule)[0][1]
+
+
+def with_count(opt_state: Any, number: Array) -> Any:
+  """The state with another such count."""
+  return optax.tree_utils.tree_set(opt_state, _of_schedule, count=number)
+
+
+def _of_schedule(path: tuple[Any, ...], value: Any) -> bool:
+  return getattr(path[-1], "tuple_name", "") == optax.ScaleByScheduleState.__name__
 
 
 def make(config: Config) -> optax.GradientTransformation:

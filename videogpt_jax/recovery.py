@@ -1,8 +1,8 @@
 """Going back to the last good checkpoint, when updates are skipped again and again.
 
-The batches seen since then are passed over: the step, which is the data position, goes on, and
-only parameters and optimizer are those of the checkpoint. So a run that is resumed later goes
-through the same steps once more and ends with the same bits.
+The batches seen since then are passed over: the step, which is the data position, goes on, and so
+does the learning rate; only parameters and moments are those of the checkpoint. So a run that is
+resumed later goes through the same steps once more and ends with the same bits.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from videogpt_jax import checkpoint
+from videogpt_jax import optimizer as optimizer_lib
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax import train_log
@@ -33,7 +34,7 @@ class Recovery:
                checkpoints: checkpoint.Checkpoints, settings: ConfigDict) -> None:
     self._recipe, self._mesh, self._checkpoints = recipe, mesh, checkpoints
     self._enough, self._most = settings.max_bad_steps, settings.max_rollbacks
-    self._returns: dict[int, int] = {}
+    self._returns: dict[int, int] = {}  # by updates that the restored state has seen
 
   def due(self, skipped: int) -> bool:
     """Whether so many updates skipped in a row are too many."""
@@ -58,19 +59,21 @@ class Recovery:
     if good is None:
       raise InputError(f"{said}; there is no checkpoint yet to go back to: lower "
                        "config.optimizer.learning_rate or look at the data")
-    self._returns[good] = self._returns.get(good, 0) + 1
-    if self._returns[good] > self._most:
-      raise InputError(f"{said}; {self._most} returns to the checkpoint of step {good} "
-                       f"(config.train.max_rollbacks) have not helped. It is intact: {advice}")
     base = state.base  # frozen, it is in no checkpoint
     for leaf in jax.tree.leaves(dataclasses.replace(state, base=None)):
       leaf.delete()
     with sharding.unused():
       restored = self._checkpoints.restore(step_lib.abstract_state(self._recipe, self._mesh))
     assert restored is not None
+    # A checkpoint saved after a return holds the same parameters under a later step.
+    kept = good - int(restored[1].skipped)
+    self._returns[kept] = self._returns.get(kept, 0) + 1
+    if self._returns[kept] > self._most:
+      raise InputError(f"{said}; {self._most} returns (config.train.max_rollbacks) to what the "
+                       f"checkpoint of step {good} holds have not helped. It is intact: {advice}")
     print(f"{said}; going on from step {step} with the parameters of step {good}", flush=True)
     log.went_back(step, good)
-    kept = good - int(restored[1].skipped)
     number = lambda value: jax.device_put(np.int32(value), sharding.replicated(self._mesh))
+    schedule = optimizer_lib.with_count(restored[1].opt_state, number(step))
     return dataclasses.replace(restored[1], base=base, step=number(step), bad_steps=number(0),
-                               skipped=number(step - kept))
+                               skipped=number(step - kept), opt_state=schedule)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any
 
 from videogpt_jax.errors import InputError
@@ -15,7 +16,7 @@ class Retention:
     last: the newest ones, at least 1.
     every: those whose step is a multiple of it, for ever; 0: none.
     best: those with the lowest held-out losses; 0: none. Checkpoints at steps for which no loss
-      was measured do not count.
+      was measured, or none that is finite, do not count.
   """
 
   last: int
@@ -33,7 +34,8 @@ class Retention:
     Args:
       losses: step and held-out loss, if any, of every checkpoint by ascending step.
     """
-    measured = sorted((loss, step) for step, loss in losses if loss is not None)
+    measured = sorted((loss, step) for step, loss in losses
+                      if loss is not None and math.isfinite(loss))
     best = {step for _, step in measured[:self.best]}
     newest = {step for step, _ in losses[-self.last:]}
     return [step in newest | best or bool(self.every and step % self.every == 0)

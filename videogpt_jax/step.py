@@ -269,10 +269,12 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
   good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss_sum"])
   kept = state.step - state.skipped  # updates so far
   if recipe.spike:
-    good &= (kept < _SPIKE_WARMUP) | (norm <= recipe.spike * state.typical_norm)
+    usual = recipe.spike * state.typical_norm
+    good &= (kept < _SPIKE_WARMUP) | (state.typical_norm == 0) | (norm <= usual)
 
   keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
   optimizer = optimizer_lib.make(recipe.optimizer)
+  rate = optimizer_lib.learning_rate(recipe.optimizer)(optimizer_lib.count(state.opt_state))
   if recipe.offload == "optimizer":
     clip = optax.clip_by_global_norm(recipe.optimizer.clip_norm)
     updates, opt_state = offload.update(
@@ -288,6 +290,7 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
     ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
 
   pace = jnp.maximum(1 / (kept + 1), 1 / _SPIKE_WARMUP)  # a mean, later one that follows
+  pace = jnp.where(state.typical_norm == 0, 1.0, pace)  # none is known yet
   typical = state.typical_norm + pace * (norm - state.typical_norm)
 
   bad = jnp.where(good, 0, state.bad_steps + 1)
@@ -301,7 +304,8 @@ def train_step(recipe: Recipe, state: TrainState, stored: Array) -> tuple[TrainS
     typical_norm=keep(typical, state.typical_norm),
     base=state.base,
   )
-  metrics |= {"grad_norm": norm, "bad_steps": bad, "skipped": state.skipped}
+  metrics |= {"grad_norm": norm, "bad_steps": bad, "skipped": state.skipped,
+              "learning_rate": rate}
   return state, metrics
 
 

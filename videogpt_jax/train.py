@@ -12,6 +12,7 @@ Each of these stands in a `with` block of the log, which knows the time that it 
 from collections.abc import Callable, Generator, Iterator
 import contextlib
 import dataclasses
+import math
 from typing import Any
 
 from absl import logging
@@ -129,7 +130,8 @@ def _loop(run: Run, state: step_lib.TrainState, start: int, checkpoints: checkpo
       if due or save or recover.due(log.skipped):
         log.catch_up()  # the first two wait for the device anyway
       if recover.due(log.skipped):
-        state = recover(state, log)
+        with log.aside(goodput.CHECKPOINT):
+          state = recover(state, log)
       for evaluator in due:
         with log.aside(goodput.EVALUATION):
           evaluator(done, state.shown)
@@ -210,7 +212,7 @@ def _check_data(config: ConfigDict, path: str, source: store.Source) -> None:
 
 
 def check_devices(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-  """Raises `InputError` unless every microbatch divides among the devices, and they can attend."""
+  """Raises `InputError` unless batch and model divide among the devices, and they can attend."""
   reason = attention.unavailable(config.model.attention)
   if reason:
     raise InputError(f"config.model.attention is {config.model.attention!r}: {reason}; use 'auto'")
@@ -221,6 +223,21 @@ def check_devices(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
       f"config.train.batch_size {config.train.batch_size} in {config.train.accumulation} "
       f"microbatch(es) of {rows} rows does not divide among {devices} devices"
     )
+  recipe = config_lib.recipe(config)
+  stack, shards = recipe.model.backbone, mesh.shape["tensor"] * mesh.shape["sequence"]
+  if stack.num_heads % math.lcm(stack.num_kv_heads, shards):
+    raise InputError(
+      f"config.model.num_heads {stack.num_heads} over {stack.num_kv_heads} heads of keys cannot be "
+      f"split over config.mesh.tensor x sequence = {mesh.shape['tensor']} x "
+      f"{mesh.shape['sequence']} devices")
+  parameters = step_lib.abstract_state(recipe, mesh).params
+  for name, leaf in traverse_util.flatten_dict(parameters, sep="/").items():
+    try:
+      leaf.sharding.shard_shape(leaf.shape)
+    except ValueError as error:
+      raise InputError(
+        f"the parameter {name} of shape {leaf.shape} does not divide among the devices of the mesh "
+        f"{dict(mesh.shape)}, split as {leaf.sharding.spec}; choose another config.mesh") from error
 
 
 def find_state(config: ConfigDict, recipe: step_lib.Recipe, mesh: jax.sharding.Mesh,
@@ -342,6 +359,7 @@ class Videos:
         self._count = 0
         logging.warning("no videos will be shown: %s; set --config.codec.path, or "
                         "--config.log.videos=0", error)
+    self._count = distributed.smallest(self._count)  # a rollout takes all processes
 
   def due(self, step: int) -> bool:
     """Whether to run after `step` steps."""

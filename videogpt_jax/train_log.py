@@ -11,7 +11,6 @@ import numpy as np
 from videogpt_jax import flops
 from videogpt_jax import held_out
 from videogpt_jax import machine
-from videogpt_jax import optimizer as optimizer_lib
 from videogpt_jax import step as step_lib
 from videogpt_jax import telemetry
 from videogpt_jax import watchdog
@@ -43,7 +42,6 @@ class TrainLog:
                dog: watchdog.Watchdog, *, workdir: str, start: int) -> None:
     self._config, self._writer, self._account, self._dog = config, writer, account, dog
     self._profiler = profiles.Profiler(workdir, config.log.profile_at, config.log.profile_steps)
-    self._schedule = optimizer_lib.learning_rate(recipe.optimizer)
     self._progress = _progress(config, recipe, source, account)
     self._device = device_clock.DeviceClock(account.clock)
     self._late: tuple[int, step_lib.Metrics, bool] | None = None  # the last: it compiled
@@ -175,7 +173,7 @@ class TrainLog:
     total = held_out.add_up(self._fetched)
     values = held_out.means(total)
     values["grad_norm"] = float(total["grad_norm"] / len(self._fetched))
-    values["learning_rate"] = float(self._schedule(step - 1))
+    values["learning_rate"] = float(self._fetched[-1]["learning_rate"])
     values["skipped"] = float(self._fetched[-1]["skipped"])
     spent = self._account.spent()
     seconds = {name: spent[name] - self._line_before[name] for name in goodput.PHASES}

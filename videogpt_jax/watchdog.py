@@ -36,7 +36,8 @@ class Watchdog:
 
   Args:
     workdir: of the run, shared by its processes.
-    seconds: that a step, a save or an evaluation may take; 0 watches nothing.
+    seconds: that a step may take; a save, an evaluation or a step that compiles three times as
+      many; 0 watches nothing.
     action: "report" goes on waiting; "abort" ends the process with `HUNG_STATUS` once the
       others have had time to see the mark.
     process: number of this process.

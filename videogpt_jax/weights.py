@@ -130,8 +130,8 @@ class Weights:
              stop: Callable[[], bool]) -> Iterator[Clip]:
     count = len(given)
     rows = functools.partial(_whole_rows, multiple=sharding.size(*sharding.BATCH_AXES))
-    place = (jnp.asarray if self.mesh is None
-             else functools.partial(jax.device_put, device=sharding.rows(self.mesh)))
+    place = jnp.asarray if self.mesh is None else lambda x: jax.device_put(
+      distributed.as_first(np.asarray(x)), sharding.rows(self.mesh))
     history = self.codec.normalize(place(rows(self.codec.encode(given))))
     clips = rollout.clips(
       self.model, self.params, history, num_frames=num_frames,

@@ -1,6 +1,7 @@
 """What a run writes into its workdir: scalars, pictures, records of its time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import pathlib
 import time
 from typing import Any
 
+from absl import logging
 import jax
 from jaxtyping import UInt8
 import numpy as np
@@ -18,6 +20,7 @@ from tensorboardX.proto import summary_pb2
 
 from videogpt_jax import files
 from videogpt_jax.data import video as video_lib
+from videogpt_jax.errors import InputError
 from videogpt_jax.telemetry import mirror as mirror_lib
 from videogpt_jax.telemetry import records as records_lib
 from videogpt_jax.telemetry.records import METRICS_FILE
@@ -61,11 +64,15 @@ class Writer:
     start_step: the first step that will be written (again): 0 for a new run, one more than
       the checkpoint's number of finished steps for one that resumes.
 
-  Raises (all methods):
+  What the system refuses to write later is warned of, once until it writes again, and does not
+  end the run: whether the state can be saved decides that.
+
+  Raises:
     InputError: the workdir cannot be written (no permission, disk full, not a folder).
   """
 
   mirror: mirror_lib.WeightsAndBiases | None = None  # is shown the same
+  _refused = False  # by the system, the last time that something was to be written
 
   def __init__(self, workdir: str | pathlib.Path, start_step: int = 0):
     self._workdir = pathlib.Path(workdir)
@@ -80,7 +87,7 @@ class Writer:
     """Writes `values` for `step`. A NaN or infinity is `null` in the JSON lines."""
     numbers = {name: float(value) for name, value in values.items()}
     line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    with records_lib.writing(self._workdir):
+    with self._refusals():
       self._lines.write(json.dumps({"step": int(step), **line}) + "\n")
       self._lines.flush()
       for name, value in numbers.items():
@@ -91,7 +98,7 @@ class Writer:
 
   def timing(self, record: Mapping[str, Any]) -> None:
     """Keeps a record of the run's time (`goodput.Account`)."""
-    with records_lib.writing(self._workdir):
+    with self._refusals():
       self._times.write(json.dumps(record) + "\n")
       self._times.flush()
 
@@ -107,42 +114,53 @@ class Writer:
     self, step: int, name: str, frames: UInt8[np.ndarray, "T H W 3"], fps: float, scale: int = 1
   ) -> pathlib.Path:
     """Writes a GIF and shows it in TensorBoard; `scale` enlarges pixels. Returns the file."""
-    with records_lib.writing(self._workdir):
-      buffer = io.BytesIO()
-      video_lib.write_gif(buffer, frames, fps, scale=scale)
-      size = (frames.shape[1] * scale, frames.shape[2] * scale)
-      return self._picture("videos", step, name, "gif", buffer.getvalue(), size)
+    buffer = io.BytesIO()
+    video_lib.write_gif(buffer, frames, fps, scale=scale)
+    size = (frames.shape[1] * scale, frames.shape[2] * scale)
+    return self._picture("videos", step, name, "gif", buffer.getvalue(), size)
 
   def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> pathlib.Path:
     """Writes a PNG and shows it in TensorBoard. Returns the file."""
-    with records_lib.writing(self._workdir):
-      buffer = io.BytesIO()
-      Image.fromarray(pixels).save(buffer, "PNG")
-      return self._picture("images", step, name, "png", buffer.getvalue(), pixels.shape[:2])
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return self._picture("images", step, name, "png", buffer.getvalue(), pixels.shape[:2])
 
   def close(self) -> None:
     """Closes all files."""
     if self.mirror:
       self.mirror.close()
-    with records_lib.writing(self._workdir):
-      self._lines.close()
-      self._times.close()
-      self._events.close()
+    for part in (self._lines, self._times, self._events):
+      with self._refusals():
+        part.close()
 
   def _picture(
     self, folder: str, step: int, name: str, suffix: str, data: bytes, size: tuple[int, int]
   ) -> pathlib.Path:
     path = _picture_path(self._workdir, folder, step, name, suffix)
-    path.parent.mkdir(exist_ok=True)
-    files.replace(path, data)
     picture = summary_pb2.Summary.Image(
       height=size[0], width=size[1], colorspace=3, encoded_image_string=data
     )
-    self._events.add(step, summary_pb2.Summary.Value(tag=name, image=picture))
-    self._events.flush()
-    if self.mirror:
-      self.mirror.picture(step, name, path)
+    with self._refusals():
+      path.parent.mkdir(exist_ok=True)
+      files.replace(path, data)
+      self._events.add(step, summary_pb2.Summary.Value(tag=name, image=picture))
+      self._events.flush()
+      if self.mirror:
+        self.mirror.picture(step, name, path)
     return path
+
+  @contextlib.contextmanager
+  def _refusals(self) -> Iterator[None]:
+    """Warns of what the system refuses to write, once in a row."""
+    try:
+      yield
+    except (OSError, InputError) as error:  # the latter from `files`
+      if not self._refused:
+        logging.warning("cannot write to %s: %s; the run goes on, what it reports may be missing "
+                        "there", self._workdir, error)
+      self._refused = True
+    else:
+      self._refused = False
 
 
 class Silent:
