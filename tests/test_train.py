@@ -612,7 +612,7 @@ def test_every_microbatch_divides_among_the_devices(tiny, batch, parts, fits):
 
 
 @pytest.mark.parametrize(("shape", "heads", "message"), [
-  ((1, 1, 1, 1, 4), 2, r"num_heads 2 over 2 heads .* tensor x sequence = 4 x 1"),
+  ((1, 1, 1, 1, 4), 2, r"num_heads 2 over 2 heads .*tensor x sequence = 4 x 1"),
   ((1, 1, 1, 4, 1), 2, r"tensor x sequence = 1 x 4"),
   ((1, 1, 5, 1, 1), 2, r"parameter \S+ of shape .* does not divide .* 'fsdp': 5.*config.mesh"),
 ])
