@@ -25,6 +25,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
   "laptop32": {"seconds_per_step": 6.97, "peak_rss_mib": 1926.0},
   "laptop48": {"seconds_per_step": 15.0, "useful_tokens_per_s": 418.0, "peak_rss_mib": 2732.0},
 }
+PUBLISHED_PRODUCT_GFLOPS = 190.0  # of that machine, by `machine.product_rate`'s measure
 
 
 @dataclasses.dataclass(frozen=True)
