@@ -164,7 +164,9 @@ def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path, caplog):
       writer.scalars(step, {"loss": 1.0})
       writer.timing({"step": step})
     writer.image(999, "noise", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-  assert caplog.text.count("cannot write to") == 1 and "too large" in caplog.text
+  for kind in ("metrics", "times", "images"):
+    assert caplog.text.count(f"cannot write {kind} to") == 1
+  assert "too large" in caplog.text
   writer.scalars(1000, {"loss": 2.0})
   writer.close()
   records = telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE)
