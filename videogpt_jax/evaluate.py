@@ -193,4 +193,4 @@ def _folder(out: str, default: str) -> str:
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(main)
+  cli.run(main, computes=True)

@@ -152,6 +152,7 @@ def main() -> None:
   devices = case.cpu_devices if f.cpu_devices is None else f.cpu_devices
   if devices:
     machine.split_cpu(devices)
+  machine.free_after_compiling()
   result = measure(case, f.steps)
   name = f.config.name if f.config is not None else f.case
   for key, value in result.items():
@@ -183,4 +184,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Needs ml_collections, which is not installed here.")
   else:
     config_flags.DEFINE_config_file("config", None, "Measure the train step of this configuration.")
-  cli.run(main)
+  cli.run(main, computes=True)
