@@ -33,7 +33,7 @@ def svg(plot: report_lib.Plot) -> str:
   buffer = io.StringIO()
   with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": plot.title}):
     _draw(plot).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-  text = buffer.getvalue()
+  text = buffer.getvalue().replace("#000000", "currentColor")  # readable in the dark, too
   return text[text.index("<svg"):]
 
 
