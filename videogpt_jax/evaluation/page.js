@@ -51,7 +51,10 @@ addEventListener("beforeprint", () => find("details").forEach((x) => { x.open = 
 // Videos: those of a row play in step, and only the rows that are seen are loaded. -----------------
 
 const HOLD_MS = 400;  // the last frame stays so long
-const APART = 0.5;  // frames by which two videos of a row may differ
+const APART = 0.5;  // frames; a video that is farther off jumps, one that is nearer hurries or waits
+const HASTE = 6;  // per second: the share of what it is off that it makes up for
+
+const speed = () => Number(byId("speed").value);
 
 class Row {
   constructor(element) {
@@ -75,7 +78,7 @@ class Row {
       };
       video.onloadedmetadata = () => {
         video.classList.toggle("small", video.videoWidth < 256);
-        video.playbackRate = Number(byId("speed").value);
+        video.playbackRate = speed();
       };
     }
   }
@@ -147,10 +150,12 @@ class Row {
       this.restart ??= setTimeout(() => { this.seek(0); this.update(); }, HOLD_MS);
       return;
     }
+    leader.playbackRate = speed();
     for (const video of this.usable()) {
       if (video === leader || video.seeking) continue;
-      const target = Math.min(time, video.duration - 0.5 / this.fps);
-      if (Math.abs(video.currentTime - target) > APART / this.fps) video.currentTime = target;
+      const off = Math.min(time, video.duration - 0.5 / this.fps) - video.currentTime;
+      if (Math.abs(off) > APART / this.fps) video.currentTime += off;
+      video.playbackRate = speed() * (1 + Math.max(-0.5, Math.min(HASTE * off, 0.5)));
       if (video.paused && !video.ended) video.play().catch(() => {});
     }
     if (leader.paused) leader.play().catch(() => {});
@@ -209,7 +214,7 @@ if (table) {
   for (const row of rows) observer.observe(row.element);
   byId("play").onclick = () => setPlaying(!playing);
   byId("speed").onchange = () => {
-    for (const video of find("video", table)) video.playbackRate = Number(byId("speed").value);
+    for (const video of find("video", table)) video.playbackRate = speed();
   };
   byId("size").oninput = () => table.style.setProperty("--size", `${byId("size").value}px`);
   byId("filter").oninput = filter;

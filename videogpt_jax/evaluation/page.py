@@ -65,7 +65,8 @@ def _body(report: report_lib.Report, out: pathlib.Path) -> Iterator[str]:
   if report.tables:
     yield f'<section id="results">{_table(report.tables[0])}</section>'
   if report.plots:
-    figures = "".join(f"<figure>{curves.svg(plot)}</figure>" for plot in report.plots)
+    figures = "".join(f"<figure><h3>{html.escape(plot.title)}</h3>{curves.svg(plot)}</figure>"
+                      for plot in report.plots)
     yield f'<section id="plots"><h2>Plots</h2><div class="grid">{figures}</div></section>'
   if len(report.tables) > 1:
     tables = "".join(map(_table, report.tables[1:]))
@@ -126,7 +127,7 @@ def _videos(rows: Sequence[report_lib.VideoRow], out: pathlib.Path) -> Iterator[
  title="Words of the name; conditions on values, such as {html.escape(_example(values))}">
 <output id="count">{len(rows)} of {len(rows)}</output>
 </div>
-<p class="note">Click a heading to sort, a video to hold its row. Space: play or pause all;
+<p class="note help">Click a heading to sort, a video to hold its row. Space: play or pause all;
 ← and →: one frame; /: filter. An orange border: predicted.</p>
 <div class="scroll"><table class="sortable videos"><thead><tr>"""
   yield _header("video", False)
