@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
+import processes
 import tiny_run
 from videogpt_jax.data import world
 from videogpt_jax.errors import InputError
@@ -202,6 +205,22 @@ def test_the_command_writes_a_report_and_refuses_another_checkpoint(finished, tm
   assert result.returncode == 2
   assert "holds results of another evaluation: checkpoint" in result.stderr
   assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_two_processes_find_what_one_does(finished, tmp_path):
+  """Of 20 videos, in batches of 16, each process predicts a batch."""
+  arguments = ["-m", "videogpt_jax.evaluate", f"--checkpoint={finished.workdir}", "--videos=20"]
+  said = processes.finish(processes.start([*arguments, f"--out={tmp_path / 'two'}"], 2, 1))
+  assert "16/16 videos" in said[0] and "report.html" in said[0]
+  assert "videos" not in said[1]
+  assert sorted(path.name for path in (tmp_path / "two" / "items").iterdir()) == ["00000.json",
+                                                                               "00016.json"]
+  assert len(list((tmp_path / "two" / "predictions").glob("*_truth.mp4"))) == 20
+  processes.finish([subprocess.Popen(
+    [sys.executable, *arguments, f"--out={tmp_path / 'one'}"], text=True,
+    env=processes.environment(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE)])
+  one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+  assert one["tables"] == two["tables"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
