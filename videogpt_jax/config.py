@@ -203,7 +203,8 @@ def _lora() -> ConfigDict:
 def _mesh() -> ConfigDict:
   """Devices along each axis; -1 takes what is left."""
   c = ConfigDict()
-  c.slice = 1  # parts with a slower network between them (slices of a multi-slice TPU job)
+  # Parts with a slower network between them; 0: the slices of a multi-slice TPU job, else one.
+  c.slice = 0
   c.data = -1
   c.fsdp = 1
   c.sequence = 1
