@@ -7,6 +7,7 @@ A file appears whole or not at all, so any number of processes may share the fol
 """
 
 from collections.abc import Mapping, Sequence
+import hashlib
 import json
 import pathlib
 import shutil
@@ -23,6 +24,7 @@ from videogpt_jax.errors import InputError
 
 IDENTITY = "evaluation.json"
 _ITEMS = "items"
+_LONGEST = 200  # characters of a file's name, which may have 255
 
 
 class Ledger:
@@ -115,7 +117,10 @@ class Ledger:
                        "remove them and begin anew")
 
   def _path(self, item: str) -> pathlib.Path:
-    return self._items / f"{urllib.parse.quote(item, safe=' ')}.json"
+    name = urllib.parse.quote(item, safe=" ")
+    if len(name) > _LONGEST:
+      name = f"{name[:_LONGEST // 2]}-{hashlib.sha256(item.encode()).hexdigest()[:16]}"
+    return self._items / f"{name}.json"
 
 
 def plain(value: Any) -> Any:
