@@ -85,7 +85,7 @@ def _module(benchmark: str) -> Any:
   try:
     return importlib.import_module(f"videogpt_jax.evaluation.{benchmark}")
   except ImportError as error:
-    extra = "demo" if benchmark in ("world", "physics_mini") else "eval"
+    extra = {"world": "demo", "physics_mini": "demo,eval"}.get(benchmark, "eval")
     raise InputError(f"{error.name} is missing: pip install 'videogpt_jax[{extra}]'") from error
 
 
@@ -99,7 +99,8 @@ def main() -> None:
     out = _folder(f.out or "runs/evaluation/loss")
     report = module.run(out, options)
   else:
-    weights = _load(f)
+    needs_weights = getattr(module, "needs_weights", lambda options: True)
+    weights: Any = _load(f) if needs_weights(options) else None
     is_run = f.benchmark == "world" and os.path.exists(
       os.path.join(weights.path, telemetry.METRICS_FILE))
     out = _folder(f.out or (weights.path if is_run else f"runs/evaluation/{f.benchmark}"))

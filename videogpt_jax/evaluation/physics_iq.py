@@ -64,19 +64,21 @@ class Options:
       makes all. Masks of generated videos are always made, without loss.
     workers: processes that score; 0: one a core.
     lossless: write generated videos as RGB without loss; else as every player can show them.
+    check: only look whether the official script would take the generated videos.
     restart: forget what another evaluation left.
   """
 
   data: str = ""
   generated: str = ""
   model: str = ""
-  protocol: Protocol = Protocol()
+  protocol: Protocol = dataclasses.field(default_factory=Protocol)
   clip_frames: int = 32
   batch_size: int = 4
   seed: int = 0
   masks: str = SHIPPED
   workers: int = 0
   lossless: bool = False
+  check: bool = False
   restart: bool = False
 
 
@@ -121,10 +123,12 @@ class Found:
 def define_flags() -> None:
   """The flags of this benchmark alone."""
   flags.DEFINE_string("data", "", "Folder with Physics-IQ's split-videos.")
-  flags.DEFINE_string("generated", "", "Folder of generated videos to score, in place of a model's.")
+  flags.DEFINE_string("generated", "", "Folder of generated videos to score: no model is used.")
   flags.DEFINE_string("model", "", "Name of the model, for its folder and table; default: that of "
                       "the weights' folder, or of --generated.")
-  flags.DEFINE_integer("fps", 8, "Frames a second: " + ", ".join(map(str, protocol_lib.RATES)) + ".")
+  flags.DEFINE_integer("fps", 8, f"Frames a second: {', '.join(map(str, protocol_lib.RATES))}.")
+  flags.DEFINE_bool("check", False, "Only look whether the official script would take the videos "
+                    "in --generated.")
   flags.DEFINE_integer("scenarios", protocol_lib.SCENARIOS, "Scenarios that --data holds; another "
                        "number gives scores that compare with no others.", lower_bound=1)
   flags.DEFINE_integer("clip_frames", 32, "Frames that the model predicts at once; 0: as its "
@@ -147,7 +151,10 @@ def from_flags() -> Options:
     raise InputError("--data is missing: the folder with Physics-IQ's split-videos; "
                      "docs/physics_iq.md says how to download it")
   options = Options(f.data, f.generated, f.model, Protocol(f.fps, scenarios=f.scenarios),
-                    f.clip_frames, f.batch_size, f.seed, f.masks, f.workers, f.lossless, f.restart)
+                    f.clip_frames, f.batch_size, f.seed, f.masks, f.workers, f.lossless, f.check,
+                    f.restart)
+  if options.check and not options.generated:
+    raise InputError("--check looks at the videos in --generated, which is missing")
   dataset = files.find(options.data, options.protocol)
   if options.generated:
     files.generated(options.generated, dataset.cases)
@@ -172,6 +179,11 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
     InputError: the data set or the generated videos are not what the protocol asks for; the
       model cannot predict so many frames at once; or see `ledger.Ledger`.
   """
+  if options.check:
+    dataset = files.find(options.data, options.protocol)
+    folder = pathlib.Path(options.generated)
+    size = files.check_generated(files.generated(folder, dataset.cases), options.protocol)
+    return physics_iq_report.check(dataset, folder, size)
   predictor = None if weights is None or options.generated else of_weights(weights, options)
   found = measure(predictor, out, options)
   return physics_iq_report.report(
@@ -308,7 +320,7 @@ def _score(dataset: files.Dataset, videos: dict[Case, pathlib.Path], shown: path
   files_lib.make_folder(shown)
   workers = options.workers or machine.usable_cores()
   views = {case: _view(dataset, case, videos[case], shown, options) for case in dataset.cases}
-  digests = work.over(work.digest, list(views.values()), workers)
+  digests = work.digests(list(views.values()))
   # What a view's files hold is part of the item's name: of other files it finds no values.
   items = {f"{case.generated} {digest}": case for case, digest in zip(views, digests, strict=True)}
   mine = ledger.mine(list(items))

@@ -64,6 +64,19 @@ def report(model: str, dataset: files.Dataset, videos: Mapping[Case, pathlib.Pat
      "scenarios": len(rows)})
 
 
+def check(dataset: files.Dataset, folder: pathlib.Path, size: tuple[int, int]
+          ) -> report_lib.Report:
+  """That the official script would take the videos in a folder."""
+  protocol = dataset.protocol
+  values = {"videos": len(dataset.cases), "seconds": protocol.prediction_s,
+            "frames a second": protocol.fps, "frames": protocol.prediction_frames,
+            "height, px": size[0], "width, px": size[1]}
+  table = report_lib.Table(f"{folder}: as the official script wants them", ["of all", "value"],
+                           [[name, float(value)] for name, value in values.items()])
+  return report_lib.Report("Physics-IQ: generated videos", {"generated": str(folder)}, [table],
+                           summary=values)
+
+
 def mask_variant(shipped: int, total: int) -> str:
   """Which masks a score is of: decoded ones differ from lossless ones by ties."""
   real = {0: "lossless", total: "as shipped with the data set (decoded mp4)"}.get(
@@ -83,7 +96,7 @@ def _main(model: str, dataset: files.Dataset, score: scores.Score, variant: str
     "of the benchmark: no published score compares with these."))
   return report_lib.Table(
     "Physics-IQ score, 0 to 100", ["model", "given", "score", "source"],
-    [[model, given, score.score, "measured"], *map(list, published)], note,
+    [(model, given, score.score, "measured"), *published], note,
     published=range(1, 1 + len(published)))
 
 

@@ -10,6 +10,7 @@
 rate has no folder, videos of 30 frames a second are brought to it as they are read.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import csv
 import dataclasses
@@ -130,8 +131,8 @@ def find(folder: str | os.PathLike[str], protocol: Protocol) -> Dataset:
   _check_takes(testing, takes, protocol, categories)
   cases = sorted(Case(numbers[1], view, scenario, numbers[2])
                  for (scenario, view), numbers in takes.items())
-  numbers = [x for case in cases for x in (case.number, case.second)]
-  if (twice := sorted({x for x in numbers if numbers.count(x) > 1})):
+  used = collections.Counter(x for case in cases for x in (case.number, case.second))
+  if (twice := sorted(number for number, times in used.items() if times > 1)):
     raise InputError(f"{testing}: the number {twice[0]:04d} begins the names of several videos")
   return Dataset(root, protocol, tuple(cases), categories)
 

@@ -53,7 +53,7 @@ def compare(first: Reduced, second: Reduced, generated: Reduced) -> Values:
   values: dict[str, float | list[float]] = {}
   for name, (a, b) in pairs.items():
     values[f"mse_{name}"] = square_errors(a.frames, b.frames)
-    values[f"spatial_iou_{name}"] = iou(a.masks.any(0), b.masks.any(0))
+    values[f"spatial_iou_{name}"] = iou(np.any(a.masks, axis=0), np.any(b.masks, axis=0))
     values[f"spatiotemporal_iou_{name}"] = [iou(x, y) for x, y in zip(a.masks, b.masks,
                                                                       strict=True)]
     values[f"weighted_spatial_iou_{name}"] = weighted_iou(a.masks, b.masks)

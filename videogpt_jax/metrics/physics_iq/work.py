@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import multiprocessing
+import os
 import pathlib
 from typing import Any, TypeVar
 
@@ -49,8 +50,17 @@ class View:
   shown: pathlib.Path | None = None
 
 
-def digest(view: View) -> str:
-  """A digest of all that decides the values of a view: what the files hold, and how much of it."""
+def digests(views: Sequence[View]) -> list[str]:
+  """Of every view all that decides its values: what the files hold, and how much of it counts.
+
+  Raises:
+    InputError: a file cannot be read.
+  """
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return list(pool.map(_digest, views))
+
+
+def _digest(view: View) -> str:
   total = hashlib.blake2b(digest_size=_DIGITS // 2)
   for clip in (view.first, view.second, view.generated):
     total.update(f"{clip.fps} {clip.frames} {clip.wanted} {clip.from_end} ".encode())
