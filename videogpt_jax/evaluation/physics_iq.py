@@ -129,6 +129,8 @@ def define_flags() -> None:
   flags.DEFINE_integer("fps", 8, f"Frames a second: {', '.join(map(str, protocol_lib.RATES))}.")
   flags.DEFINE_bool("check", False, "Only look whether the official script would take the videos "
                     "in --generated.")
+  flags.DEFINE_float("conditioning_s", 3.0, "Seconds that the model is given.")
+  flags.DEFINE_float("prediction_s", 5.0, "Seconds that it predicts; published scores are of 5.")
   flags.DEFINE_integer("scenarios", protocol_lib.SCENARIOS, "Scenarios that --data holds; another "
                        "number gives scores that compare with no others.", lower_bound=1)
   flags.DEFINE_integer("clip_frames", 32, "Frames that the model predicts at once; 0: as its "
@@ -150,9 +152,10 @@ def from_flags() -> Options:
   if not f.data:
     raise InputError("--data is missing: the folder with Physics-IQ's split-videos; "
                      "docs/physics_iq.md says how to download it")
-  options = Options(f.data, f.generated, f.model, Protocol(f.fps, scenarios=f.scenarios),
-                    f.clip_frames, f.batch_size, f.seed, f.masks, f.workers, f.lossless, f.check,
-                    f.restart)
+  options = Options(
+    f.data, f.generated, f.model,
+    Protocol(f.fps, f.conditioning_s, f.prediction_s, f.scenarios), f.clip_frames, f.batch_size,
+    f.seed, f.masks, f.workers, f.lossless, f.check, f.restart)
   if options.check and not options.generated:
     raise InputError("--check looks at the videos in --generated, which is missing")
   dataset = files.find(options.data, options.protocol)

@@ -88,12 +88,12 @@ def _main(model: str, dataset: files.Dataset, score: scores.Score, variant: str
           ) -> report_lib.Table:
   protocol = dataset.protocol
   given = (f"{protocol.conditioning_s:g} s, {protocol.fps} frames/s")
-  whole = protocol.scenarios == protocol_lib.SCENARIOS
-  published: Sequence[tuple[str, str, float, str]] = PUBLISHED if whole else ()
+  published: Sequence[tuple[str, str, float, str]] = PUBLISHED if protocol.is_official else ()
   note = (f"masks: {variant}. " + (
     "Published scores have the official masks, all decoded from mp4, which moves a score by up to "
-    "a point." if whole else f"{protocol.scenarios} scenarios, not the {protocol_lib.SCENARIOS} "
-    "of the benchmark: no published score compares with these."))
+    "a point." if protocol.is_official else
+    f"{protocol.scenarios} scenarios and {protocol.prediction_s:g} s predicted, not the "
+    f"{protocol_lib.SCENARIOS} and 5 s of the benchmark: no published score compares."))
   return report_lib.Table(
     "Physics-IQ score, 0 to 100", ["model", "given", "score", "source"],
     [(model, given, score.score, "measured"), *published], note,

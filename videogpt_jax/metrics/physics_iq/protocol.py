@@ -9,6 +9,7 @@ VIEWS = ("left", "center", "right")
 RATES = (8, 16, 24, 30)  # frames a second for which there are folders
 RECORDED = 30  # of these, the one from which others can be made
 SCENARIOS = 66
+_OFFICIAL_S = 5.0
 
 TESTING, CONDITIONING, FULL, MASKS = ("testing-videos", "conditioning-videos", "full-videos",
                                       "video-masks")
@@ -46,6 +47,11 @@ class Protocol:
                          f"{frames:g} frames; it must be one or more whole ones")
     if self.scenarios < 1:
       raise InputError(f"scenarios must be positive, got {self.scenarios}")
+
+  @property
+  def is_official(self) -> bool:
+    """Whether scores compare with published ones; what a model is given, is its own affair."""
+    return self.scenarios == SCENARIOS and self.prediction_s == _OFFICIAL_S
 
   @property
   def conditioning_frames(self) -> int:
