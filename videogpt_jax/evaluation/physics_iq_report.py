@@ -97,7 +97,7 @@ def _main(model: str, dataset: files.Dataset, score: scores.Score, variant: str
   return report_lib.Table(
     "Physics-IQ score, 0 to 100", ["model", "given", "score", "source"],
     [(model, given, score.score, "measured"), *published], note,
-    published=range(1, 1 + len(published)))
+    published=tuple(range(1, 1 + len(published))))
 
 
 def _parts(score: scores.Score) -> report_lib.Table:
