@@ -18,6 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+import videogpt_jax
 from videogpt_jax import distributed
 from videogpt_jax import files
 from videogpt_jax.errors import InputError
@@ -34,7 +35,8 @@ class Ledger:
 
   Args:
     folder: of the results; made where missing.
-    identity: JSON-able, all that decides the results: only equal ones are taken up.
+    identity: JSON-able, all that decides the results, beside this package's version: only equal
+      ones are taken up.
     restart: forget what another evaluation left.
 
   Raises:
@@ -44,7 +46,8 @@ class Ledger:
   def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any], *, restart: bool = False
                ) -> None:
     self._folder, self._items = folder, folder / _ITEMS
-    wanted = json.loads(json.dumps(plain(identity)))  # as it will be read: no tuples
+    versioned = {**identity, "version": videogpt_jax.__version__}
+    wanted = json.loads(json.dumps(plain(versioned)))  # as it will be read: no tuples
     distributed.from_first(lambda: self._open(wanted, restart))
 
   def get(self, item: str) -> dict[str, Any] | None:

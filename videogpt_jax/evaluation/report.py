@@ -152,7 +152,7 @@ def write(report: Report, out: pathlib.Path) -> list[pathlib.Path]:
     curves.write_png(plot, plots[plot.title])
   files.write_json(out / RESULTS, _strict(ledger.plain(_as_dict(report, out, plots))))
   files.replace(out / VALUES, _csv(report).encode())
-  files.replace(out / PAGE, page.render(report, out).encode())
+  page.write(report, out / PAGE)
   return [out / RESULTS, out / VALUES, *plots.values(), out / PAGE]
 
 

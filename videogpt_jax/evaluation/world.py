@@ -321,9 +321,9 @@ def _report(weights: weights_lib.Weights, found: evidence_lib.Evidence,
       *(_whole(part, evidence_lib.MODEL, key) for key in metrics)]
      for scenario, part in scenarios.items()]))
   plots += [report_lib.Plot(
-    f"{metrics[key].name} by what happens", list(scenarios),
+    f"{metrics[key].title}, by what happens in a video", list(scenarios),
     {name: [_whole(part, name, key) for part in scenarios.values()] for name in names}, "",
-    metrics[key].title) for key in ("mse", "position")]
+    metrics[key].name) for key in ("mse", "position")]
   return report_lib.Report("Physics world", {
     "checkpoint": weights.path, "sampler": dict(weights.config["sample"]),
     "world": dataclasses.asdict(found.settings), "videos": options.videos,

@@ -91,9 +91,9 @@ METRICS = {
                      objects.mean),
   "kinetic": Metric("kinetic drift", "Kinetic energy of the objects found over the true one, less "
                     "1 (0 is best)", ("kinetic", "kinetic_true", "followed"), _drift, np.abs),
-  "mechanical": Metric("energy drift", "Kinetic and potential energy of the objects found over the "
-                       "true one, less 1 (0 is best)", ("mechanical", "mechanical_true", "followed"),
-                       _drift, np.abs),
+  "mechanical": Metric("energy drift", "Kinetic and potential energy of the objects found over "
+                       "the true one, less 1 (0 is best)",
+                       ("mechanical", "mechanical_true", "followed"), _drift, np.abs),
 }
 
 
