@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import dataclasses
 
 import cv2
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, UInt8, UInt16
 import numpy as np
 
 from videogpt_jax.errors import InputError
@@ -50,13 +50,14 @@ def compare(first: Reduced, second: Reduced, generated: Reduced) -> Values:
   for name, (a, b) in pairs.items():
     if a.frames.shape != b.frames.shape:
       raise InputError(f"videos of {_shape(a)} and {_shape(b)} cannot be compared ({name})")
+  often = {id(x): x.masks.sum(0, dtype=np.uint16) for x in (first, second, generated)}
   values: dict[str, float | list[float]] = {}
   for name, (a, b) in pairs.items():
     values[f"mse_{name}"] = square_errors(a.frames, b.frames)
-    values[f"spatial_iou_{name}"] = iou(np.any(a.masks, axis=0), np.any(b.masks, axis=0))
+    values[f"spatial_iou_{name}"] = iou(often[id(a)] > 0, often[id(b)] > 0)
     values[f"spatiotemporal_iou_{name}"] = [iou(x, y) for x, y in zip(a.masks, b.masks,
                                                                       strict=True)]
-    values[f"weighted_spatial_iou_{name}"] = weighted_iou(a.masks, b.masks)
+    values[f"weighted_spatial_iou_{name}"] = weighted_iou(often[id(a)], often[id(b)])
   return {official: values[ours] for official, ours in _OFFICIAL.items()}
 
 
@@ -82,11 +83,10 @@ def iou(a: Bool[np.ndarray, "*any"], b: Bool[np.ndarray, "*any"]) -> float:
   return np.count_nonzero(a & b) / union if union else 1.0
 
 
-def weighted_iou(a: Bool[np.ndarray, "T h w"], b: Bool[np.ndarray, "T h w"]) -> float:
-  """The same of how often each pixel is set; both masks have as many frames."""
-  often_a, often_b = (x.sum(0, dtype=np.int64) for x in (a, b))
-  union = np.maximum(often_a, often_b).sum()
-  return float(np.minimum(often_a, often_b).sum() / union) if union else 1.0
+def weighted_iou(a: UInt16[np.ndarray, "h w"], b: UInt16[np.ndarray, "h w"]) -> float:
+  """The same of how many frames each pixel is set in; both videos have as many."""
+  union = np.maximum(a, b).sum(dtype=np.int64)
+  return float(np.minimum(a, b).sum(dtype=np.int64) / union) if union else 1.0
 
 
 def square_errors(a: UInt8[np.ndarray, "T h w 3"], b: UInt8[np.ndarray, "T h w 3"]
