@@ -8,7 +8,9 @@ are the cheapest to decode, which is the hardest to keep up with. Measured are
     decode_s, score_s   processor time for one video in one thread: reading its frames as OpenCV
                         does, and all that scoring adds (masks, resizing); for a view that of its
                         three videos and of comparing them
-    scaling             views a second over 1, 2, ... processes, their start included
+    scaling             views a second over 1, 2, ... processes, their start included; and the
+                        processor time of a view, which stays the same where processes do not stand
+                        in each other's way, however busy the machine is with other work
 
 The takes have --height x --width px, the generated video what a model makes of it. The last line
 printed is one JSON object, with the load of the machine before it began.
@@ -83,14 +85,16 @@ def scaling(view: work.View, views: int, processes: list[int]) -> list[dict[str,
   rows = []
   for count in processes:
     began = time.perf_counter()
-    _score([view] * views, count)
+    used = list(work.over(_score, [view] * views, count))
     seconds = time.perf_counter() - began
     rows.append({"processes": count, "seconds": round(seconds, 2),
                  "views_per_s": round(views / seconds, 3),
+                 "processor_s_per_view": round(sum(used) / views, 2),
                  "whole_set_s": round(_CASES * seconds / views, 1)})
     rows[-1]["speedup"] = round(rows[0]["seconds"] / rows[-1]["seconds"], 2)
     print(f"{count} processes: {rows[-1]['views_per_s']:.3f} views/s, "
-          f"speed-up {rows[-1]['speedup']:.2f}", flush=True)
+          f"speed-up {rows[-1]['speedup']:.2f}, "
+          f"{rows[-1]['processor_s_per_view']:.2f} s of a processor per view", flush=True)
   return rows
 
 
@@ -104,9 +108,9 @@ def _decode(clip: Clip) -> None:
     pass
 
 
-def _score(views: list[work.View], processes: int) -> None:
-  for _ in work.over(work.score, views, processes):
-    pass
+def _score(view: work.View) -> float:
+  """Scores a view; seconds of a processor that it took."""
+  return _processor_s(work.score, view)
 
 
 def _processor_s(function: Callable[..., Any], *arguments: Any) -> float:
