@@ -85,8 +85,9 @@ install_pod() {
   local unpack archive folder
   if [[ -n $repo ]]; then
     unpack="[ -d videogpt_jax/.git ] || git clone $(quoted "$repo") videogpt_jax"
-    unpack+="; cd videogpt_jax && git fetch origin $(quoted "$ref")"
-    unpack+=" && git checkout --detach FETCH_HEAD && cd .."
+    # Not joined by &&: a failure must end the shell.
+    unpack+="; cd videogpt_jax; git fetch origin $(quoted "$ref")"
+    unpack+="; git checkout --detach FETCH_HEAD; cd .."
   else
     folder=$(mktemp -d)
     archive=$folder/videogpt_jax.tgz
@@ -94,8 +95,8 @@ install_pod() {
     tpus scp "$archive" "$name:" --node=all --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"}
     rm -r "$folder"
     # All but the environment is replaced.
-    unpack="mkdir -p videogpt_jax && find videogpt_jax -mindepth 1 -maxdepth 1 ! -name .venv"
-    unpack+=" -exec rm -rf {} + && tar -xzf videogpt_jax.tgz -C videogpt_jax"
+    unpack="mkdir -p videogpt_jax; find videogpt_jax -mindepth 1 -maxdepth 1 ! -name .venv"
+    unpack+=" -exec rm -rf {} +; tar -xzf videogpt_jax.tgz -C videogpt_jax"
   fi
   on all all "set -e; $unpack; $HOME_RULES; launch/local.sh install --extra=tpu"
 }
@@ -125,10 +126,11 @@ mount_command() {
       "echo \"deb [signed-by=$key] $site gcsfuse-\$(lsb_release -c -s) main\" |" \
       "sudo tee /etc/apt/sources.list.d/gcsfuse.list &&" \
       "sudo apt-get update && sudo apt-get install -y gcsfuse; } &&" \
-      "$make && gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 $(quoted "$bucket") /data; }"
+      "$make && gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0" \
+      "--metadata-cache-negative-ttl-secs=0 $(quoted "$bucket") /data; } || exit 1"
   elif [[ -n $nfs ]]; then
     echo "mountpoint -q /data || { sudo apt-get install -y nfs-common && $make &&" \
-      "sudo mount -t nfs $(quoted "$nfs") /data; }"
+      "sudo mount -t nfs $(quoted "$nfs") /data; } || exit 1"
   else
     echo true
   fi
@@ -218,17 +220,17 @@ watch() {
     [[ $state == "$old" ]] || echo "launch: $(date '+%F %T') ${name} is ${state:-not there}"
     old=$state
     case $state in
-      '') create_pod ;;
+      '') create_pod || bad=$(( bad + 1 )) ;;
       ACTIVE)
         status=0
         tend "$@" || status=$?
         (( status != GO_ON )) || status=0 bad=0
         (( status != TROUBLE )) || { status=0; bad=$(( bad + 1 )); }
         (( ! finished && ! status )) || return "$status" ;;
-      SUSPENDED) delete_pod ;;  # taken away
+      SUSPENDED) delete_pod || bad=$(( bad + 1 )) ;;  # taken away
       FAILED)
         bad=$(( bad + 1 ))
-        (( bad > TRIES )) || delete_pod ;;
+        (( bad > TRIES )) || delete_pod || true ;;
     esac
     (( bad <= TRIES )) || fail "${name} fails again and again; see \`status\` and \`logs\`"
     sleep "$POLL"

@@ -34,6 +34,8 @@
 #SBATCH --time=12:00:00
 # Queue again what was preempted, and add to its log rather than begin it anew.
 #SBATCH --requeue
+# Of the jobs of this name and user only one runs: two must never write the same workdir.
+#SBATCH --dependency=singleton
 #SBATCH --open-mode=append
 # Warn this script (B:, not its children) 10 minutes before the time limit, and on clusters with
 # PreemptParameters=send_user_signal also before a preemption: time to save.

@@ -239,8 +239,8 @@ REFUSED = {
   "--checkpoint={run} --window_mode=rolling --redraw_noise": "--redraw_noise works only where",
   "--checkpoint={run} --window_mode=sliding": "flag --window_mode=sliding",
   "--checkpoint={run} --mesh=tensors=2": "--mesh: 'tensors=2' is not AXIS=SIZE",
-  "--checkpoint={run} --mesh=tensor=2": "a mesh of data=1 x fsdp=1 x sequence=1 x tensor=2 needs "
-    "2 devices, there are 1",
+  "--checkpoint={run} --mesh=tensor=2": "a mesh of slice=1 x data=1 x fsdp=1 x sequence=1 x "
+    "tensor=2 needs 2 devices, there are 1",
   "--checkpoint={run} --frames=0": "flag --frames=0",
   "--checkpoint={run} --out={out}/file/folder": "cannot write to --out={out}/file/folder",
   "--checkpoint={out}": "no checkpoint in {out}",

@@ -37,7 +37,22 @@ def test_slices_are_counted_where_the_size_is_left_open(monkeypatch):
   assert placed.shape == (3, 4, 1, 1, 1)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"slice": 4, "data": 2}])
+def test_without_a_word_slices_are_as_many_as_there_are(monkeypatch):
+  placed = _placed({"slice": 0, "data": -1}, _chips(2), monkeypatch)
+  assert placed.shape == (2, 4, 1, 1, 1)
+  assert (placed == np.arange(2)[:, None, None, None, None]).all()
+
+
+def test_nodes_of_gpus_are_no_slices(monkeypatch):
+  """XLA numbers them as if they were, by the node in which a process runs."""
+  gpus = [types.SimpleNamespace(id=i, slice_index=i // 8, process_index=i // 8, platform="gpu",
+                                device_kind="NVIDIA H100 80GB HBM3") for i in range(32)]
+  assert _placed({"slice": 0, "data": -1, "fsdp": 8}, gpus, monkeypatch).shape == (1, 4, 8, 1, 1)
+  placed = _placed({"slice": 4, "fsdp": 8}, gpus, monkeypatch)
+  assert (placed == np.arange(4)[:, None, None, None, None]).all()
+
+
+@pytest.mark.parametrize("sizes", [{"slice": 1, "data": 8}, {"slice": 4, "data": 2}])
 def test_slices_that_the_mesh_does_not_know_are_refused(sizes):
   with pytest.raises(InputError, match=r"lie in 2 slices; set config\.mesh\.slice=2"):
     sharding.make_mesh(sizes, _chips(2))

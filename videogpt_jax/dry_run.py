@@ -69,7 +69,7 @@ def fits(facts: facts_lib.Facts, chip: chips.Chip) -> tuple[bool, str]:
 def _present(kind: str) -> chips.Chip:
   """The kind of chip that the present devices are; one without figures, if unknown."""
   names = {"TPU v6 lite": "v6e", "TPU v5 lite": "v5e", "TPU v5": "v5p", "H100 80GB": "h100",
-           "H200": "h200", "L4": "l4"}
+           " H200": "h200", "L4": "l4"}
   name = next((name for part, name in names.items() if part in kind and "L40" not in kind), None)
   if name is not None:
     return chips.CHIPS[name]

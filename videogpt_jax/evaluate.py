@@ -77,7 +77,10 @@ def _chosen(arguments: Sequence[str]) -> str:
 
 
 def _module(benchmark: str) -> Any:
-  """The module of a benchmark: `define_flags()`, `from_flags()` and `run(...)`.
+  """The module of a benchmark: `define_flags()`, `from_flags()` and `run(weights, out, options)`.
+
+  And `needs_weights(options)`, if it can do without. A flag of its own may have the name of
+  another benchmark's, as only the flags of the one that is named are defined.
 
   Raises:
     InputError: an extra is missing.

@@ -30,12 +30,14 @@ class Cost:
     tokens: needed tokens.
     sequence: tokens of all sequences, needed or not.
     dense: FLOPs in matrix products with weights, forward and backward.
+    forward: of these, forward.
     attention: FLOPs in scores and weighted sums over visible pairs, forward and backward.
   """
 
   tokens: float
   sequence: float
   dense: float
+  forward: float
   attention: float
 
   @property
@@ -95,10 +97,12 @@ def training(
   ends = 2.0 * patches * patch_size * config.backbone.hidden_size * (blocks + noisy)
   products = 2.0 if config.backbone.lora else 3.0  # frozen weights have no gradients
   adapters = 2.0 * size_of(lora.split(model.abstract_params(config))[1])
+  forward = tokens * token_flops(config) + ends
   return Cost(
     tokens=batch * tokens,
     sequence=batch * sequence,
-    dense=batch * (products * (tokens * token_flops(config) + ends) + 3.0 * tokens * adapters),
+    dense=batch * (products * forward + 3.0 * tokens * adapters),
+    forward=batch * (forward + tokens * adapters),
     attention=3.0 * batch * pairs * pair_flops(config),
   )
 

@@ -45,6 +45,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
   Args:
     sizes: of the axes; one that is not named is 1, at most one may be -1 and takes what is left.
+      `slice` not named or 0: as many as the devices lie in.
     devices: in any order; those of a pod are placed by where they lie in its network.
 
   Raises:
@@ -52,7 +53,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       of slices that they lie in.
   """
   devices = jax.devices() if devices is None else devices
+  slices = _slices(devices)
   shape = [int(sizes.get(axis, 1)) for axis in AXES]
+  shape[0] = int(sizes.get(AXES[0], 0)) or slices
   known = math.prod(size for size in shape if size != -1)
   if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
     raise InputError(f"mesh sizes must be positive, one of them may be -1; got {dict(sizes)}")
@@ -64,15 +67,21 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     )
   # A slice of a pod is a torus of two or three axes: one of them may serve several of ours.
   split: Any = {"allow_split_physical_axes": True}
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
     placed = mesh_utils.create_device_mesh(shape, devices, **split)
   elif shape[0] == slices:
     apart = [slices] + [1] * (len(AXES) - 1)
     placed = mesh_utils.create_hybrid_device_mesh([1, *shape[1:]], apart, devices, **split)
   else:
-    raise InputError(f"the devices lie in {slices} slices; set config.mesh.slice={slices}")
+    raise InputError(f"the devices lie in {slices} slices; set config.mesh.slice={slices}, or 0")
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+  """In how many TPU slices they lie. XLA calls GPU nodes slices, too: it numbers them so."""
+  if any(device.platform != "tpu" for device in devices):
+    return 1
+  return len({getattr(device, "slice_index", 0) or 0 for device in devices})
 
 
 @contextlib.contextmanager

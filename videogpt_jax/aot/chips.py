@@ -26,6 +26,7 @@ class Chip:
       torus, or by NVLink (L4: PCIe) inside of a node.
     network: bytes/s that a chip sends to other nodes or slices.
     axes: of the torus; 0 for GPUs.
+    wraps: chips from which on an axis of a slice closes to a ring; a shorter one has a link less.
   """
 
   name: str
@@ -36,6 +37,7 @@ class Chip:
   links: float = 0
   network: float = 0
   axes: int = 0
+  wraps: int = 0
 
   @property
   def backend(self) -> str:
@@ -44,9 +46,9 @@ class Chip:
 
 
 CHIPS = {chip.name: chip for chip in (
-  Chip("v5e", "tpu", "tpu", 16 * _GIB, 819 * _GB, 200 * _GB, 3.1 * _GB, axes=2),
-  Chip("v5p", "tpu", "tpu", 95 * _GIB, 2765 * _GB, 600 * _GB, 6.25 * _GB, axes=3),
-  Chip("v6e", "tpu", "tpu", 32 * _GIB, 1640 * _GB, 400 * _GB, 12.5 * _GB, axes=2),
+  Chip("v5e", "tpu", "tpu", 16 * _GIB, 819 * _GB, 200 * _GB, 3.1 * _GB, axes=2, wraps=16),
+  Chip("v5p", "tpu", "tpu", 95 * _GIB, 2765 * _GB, 600 * _GB, 6.25 * _GB, axes=3, wraps=4),
+  Chip("v6e", "tpu", "tpu", 32 * _GIB, 1640 * _GB, 400 * _GB, 12.5 * _GB, axes=2, wraps=16),
   Chip("h100", "cuda", "gpu", 84_942_979_072, 3352 * _GB, 450 * _GB, 50 * _GB),
   Chip("h200", "cuda", "gpu", 150_754_820_096, 4800 * _GB, 450 * _GB, 50 * _GB),
   Chip("l4", "cuda", "xla", 24_152_899_584, 300 * _GB, 32 * _GB, 12.5 * _GB),  # it has no wgmma

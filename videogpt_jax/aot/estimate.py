@@ -8,6 +8,7 @@ time (the slowest of the three hides the others) and a longest (nothing is hidde
 from collections.abc import Sequence
 import dataclasses
 
+from videogpt_jax import flops
 from videogpt_jax import machine
 from videogpt_jax.aot import chips
 from videogpt_jax.aot import facts as facts_lib
@@ -61,7 +62,7 @@ def of(facts: facts_lib.Facts, chip: chips.Chip) -> Estimate | None:
   if peak is None or not chip.bandwidth or facts.traffic is None:
     return None
   devices = len(facts.places)
-  dense, pairs = _executed(facts)
+  dense, pairs = executed(facts.cost, facts.remat, facts.attention)
   compute = (dense / PRODUCTS + pairs / ATTENTION) / devices / peak
   memory = facts.traffic.bytes / chip.bandwidth / MEMORY
   exchange = sum(each.count * each.sent / _rate(each, facts.places, chip)
@@ -72,25 +73,39 @@ def of(facts: facts_lib.Facts, chip: chips.Chip) -> Estimate | None:
                   (dense + pairs) / devices)
 
 
-def _executed(facts: facts_lib.Facts) -> tuple[float, float]:
-  """FLOPs in products with weights and over visible pairs, what is computed again included."""
-  cost = facts.cost
-  again = facts.remat in ("full", "offload")
+def executed(cost: flops.Cost, remat: str, attention: str) -> tuple[float, float]:
+  """FLOPs in products with weights and over visible pairs, what is computed again included.
+
+  Args:
+    cost: needed work.
+    remat: what the backward pass computes again, see `videogpt_jax.backbone`.
+    attention: the implementation.
+  """
+  again = remat in ("full", "offload")
   # All tokens are computed, also those that nobody needs.
-  dense = cost.dense * cost.sequence / cost.tokens * (4 / 3 if again else 1)
-  forward = cost.attention / 3 * (1 if facts.remat == "none" else 2)
-  return dense, forward + cost.attention / 3 * _BACKWARD[facts.attention] / 2
+  dense = (cost.dense + again * cost.forward) * cost.sequence / cost.tokens
+  forward = cost.attention / 3 * (1 if remat == "none" else 2)
+  return dense, forward + cost.attention / 3 * _BACKWARD[attention] / 2
 
 
 def _rate(each: hlo.Collective, places: Sequence[tuple[int, ...]], chip: chips.Chip) -> float:
-  """Bytes/s that a device sends in such a collective."""
-  group = [places[member] for member in each.members]
+  """Bytes/s that a device sends in such a collective, where it is slowest."""
+  return min(_group_rate([places[member] for member in group], places, chip)
+             for group in each.groups)
+
+
+def _group_rate(group: Sequence[tuple[int, ...]], places: Sequence[tuple[int, ...]],
+                chip: chips.Chip) -> float:
   outer = {place[0] for place in group}  # slices, or nodes
   if len(outer) == 1:
     if not chip.axes:
       return chip.links
-    varied = sum(len(set(along)) > 1 for along in zip(*(place[1:] for place in group), strict=True))
-    return chip.links * varied / chip.axes
+    # All links of the axes that the group spans: two of an axis that is a ring, else one.
+    lengths = [len(set(along)) for along in zip(*(place[1:] for place in places), strict=True)]
+    spanned = [len(set(along)) > 1 for along in zip(*(place[1:] for place in group), strict=True)]
+    links = sum(2 if length >= chip.wraps else 1
+                for length, used in zip(lengths, spanned, strict=True) if used)
+    return chip.links * links / (2 * chip.axes)
   # A ring crosses to another node once for each that it visits: its neighbours there share
   # their network cards.
   return min(chip.links, chip.network * len(group) / len(outer))

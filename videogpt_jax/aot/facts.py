@@ -148,7 +148,7 @@ def _shards(mesh: jax.sharding.Mesh) -> int:
 
 def _place(device: Any) -> tuple[int, ...]:
   if device.platform == "tpu":
-    return (getattr(device, "slice_index", 0) or 0, *device.coords)
+    return getattr(device, "slice_index", 0) or 0, *device.coords
   return device.process_index, device.id
 
 

@@ -3,7 +3,8 @@
 What stands in the body of a loop counts as often as the loop turns: a scan over layers is such
 a loop. Turns are those that the compiler states (`known_trip_count`), else the constant that the
 loop's counter, which begins at zero, is compared with; a loop of another kind counts once, and
-is reported as such. Both branches of a condition count.
+is reported as such. Both branches of a condition count. What crosses TPU slices is handed over to
+the hosts' network: a `send` that says which collective it is.
 """
 
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ _FREE = frozenset((
   "conditional", "after-all", "async-start", "partition-id", "replica-id", "opt-barrier", "iota"))
 _SLICES = ("dynamic-slice", "dynamic-update-slice")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_MEGASCALE = re.compile(r'_xla_megascale_target="\{(?P<slices>[\d,]+)\}[^"]*",'
+                        r'_xla_megascale_transfer_type="(?P<kind>\w+)"')
 _CALLED = re.compile(r"\b(condition|body|calls|to_apply)=%?([\w.\-]+)|"
                      r"\b(branch_computations|called_computations)=\{([^}]*)\}")
 
@@ -34,13 +37,14 @@ class Collective:
     kind: all-gather, all-reduce, all-to-all, collective-permute or reduce-scatter.
     count: how often a device takes part in a run of the program.
     sent: bytes that it sends each time, if rings carry it out.
-    members: a group of devices that exchange, by their places in the mesh.
+    groups: devices that exchange with each other, by their places in the mesh. Of groups that are
+      alike only the first; of permutes all pairs, which need not be alike.
   """
 
   kind: str
   count: int
   sent: float
-  members: tuple[int, ...]
+  groups: tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +118,18 @@ def read(text: str, devices: int) -> Traffic:
       kind = each.opcode.removesuffix("-start")
       if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # TPU: a fusion of that name, with a slice behind it
-      if kind in _KINDS:
-        key = (kind, *_exchange(kind, each, computation, devices))
+      crossing = each.opcode == "send" and _MEGASCALE.search(each.rest)
+      if crossing or kind in _KINDS:
+        key = _between_slices(each, crossing, devices) if crossing else (
+          kind, *_exchange(kind, each, computation, devices))
         exchanges[key] = exchanges.get(key, 0) + turns
       if each.opcode == "custom-call" and (found := re.search(r'target="([^"]+)"', each.rest)):
         calls[found[1]] = calls.get(found[1], 0) + turns
       if not fused:
         total += turns * _moved(each, computation, computations)
       host += turns * _across(each, computation)
-  collectives = tuple(Collective(kind, count, sent, members)
-                      for (kind, sent, members), count in exchanges.items() if len(members) > 1)
+  collectives = tuple(Collective(kind, count, sent, groups) for (kind, sent, groups), count
+                      in exchanges.items() if groups and len(groups[0]) > 1)
   return Traffic(total, host, collectives, calls, unknown)
 
 
@@ -312,18 +318,33 @@ def _written(fused: _Computation, fusion: _Instruction) -> float:
 
 
 def _exchange(kind: str, each: _Instruction, computation: _Computation, devices: int
-              ) -> tuple[float, tuple[int, ...]]:
-  """Bytes that a device sends in a collective, and the members of a group."""
+              ) -> tuple[float, tuple[tuple[int, ...], ...]]:
+  """Bytes that a device sends in a collective, and groups of devices."""
   whole = sum(size(_anywhere(shape)) for shape in _shapes(each, computation))
   if kind == "collective-permute":
     pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", each.rest)
     found = re.findall(r"\{(\d+),(\d+)\}", pairs[0]) if pairs else []
     # Some send to themselves: nothing, if all do.
-    return whole, next(((int(a), int(b)) for a, b in found if a != b), (0,))
+    return whole, tuple((int(a), int(b)) for a, b in found if a != b)
   members = groups(each.rest, devices)
-  n = len(members)
-  share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
-  return whole * share, members
+  return whole * _share(kind, len(members)), (members,)
+
+
+def _between_slices(send: _Instruction, found: re.Match, devices: int
+                    ) -> tuple[str, float, tuple[tuple[int, ...], ...]]:
+  """Kind, bytes and group of a collective among devices at the same place of every slice.
+
+  The slices are the mesh's first axis. The same rings are assumed as within a slice.
+  """
+  n = found["slices"].count(",") + 1
+  whole = size(_anywhere(next(_SHAPE.finditer(send.shape))[0]))  # then its counter
+  kind = found["kind"].lower().replace("_", "-")
+  return kind, whole * _share(kind, n), (tuple(range(0, devices, devices // n)),)
+
+
+def _share(kind: str, n: int) -> float:
+  """Bytes that a device sends in a ring of n for each byte that it brings along."""
+  return {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
 
 
 def groups(text: str, devices: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Topologies by name, `v5p:4x4x4` or `h100:8x8`, and their devices to compile for."""
+"""Topologies by name (`v5p:4x4x4`, `v5e:16x16@2`, `h100:8x8`), their devices to compile for."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -16,27 +16,38 @@ from videogpt_jax.aot import chips
 from videogpt_jax.errors import InputError
 
 _GPUS = pathlib.Path(__file__).parent / "gpus"
-KNOWN = ("v5p:4x4x4 (chips along the axes of the torus; v5e:4x4, v6e:16x16), h100:8x8 (nodes x "
-         "GPUs of a node; h200:1, l4:1), cpu:8 (simulated devices)")
+KNOWN = ("v5p:4x4x4 (chips along the axes of the torus; v5e:4x4, v6e:16x16), v5p:4x4x4@2 (two such "
+         "slices), h100:8x8 (nodes x GPUs of a node; h200:1, l4:1), cpu:8 (simulated devices)")
 _HOST = {2: (2, 2), 3: (2, 2, 1)}  # chips of a TPU's host along each axis
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """So many chips of a kind: along the axes of a torus, or nodes and GPUs of a node."""
+  """So many chips of a kind: along the axes of a torus, or nodes and GPUs of a node.
+
+  Attributes:
+    chip: the kind.
+    shape: of a slice, or of the whole.
+    slices: of TPUs, joined by the data center's network.
+  """
 
   chip: chips.Chip
   shape: tuple[int, ...]
+  slices: int = 1
 
   @property
   def name(self) -> str:
     """As `parse` reads it."""
+    return self._slice_name + (f"@{self.slices}" if self.slices > 1 else "")
+
+  @property
+  def _slice_name(self) -> str:
     return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
   @property
   def count(self) -> int:
     """Chips in all."""
-    return math.prod(self.shape)
+    return self.slices * math.prod(self.shape)
 
   def devices(self) -> Sequence[jax.Device]:
     """The chips, to compile for; nothing can run on them (but on CPU).
@@ -61,8 +72,9 @@ class Topology:
       return {"platform": "cuda", "topology_name": "", "topology": f"{nodes}x1x{gpus}",
               "target_config": (_GPUS / f"{self.chip.name}.txtpb").read_text()}
     host = tuple(map(min, _HOST[len(self.shape)], self.shape))
-    return {"platform": "tpu", "topology_name": self.name,
-            "chips_per_host_bounds": (*host, *(1,) * (3 - len(host)))}
+    return {"platform": "tpu", "topology_name": self._slice_name,
+            "chips_per_host_bounds": (*host, *(1,) * (3 - len(host))),
+            **({"num_slices": self.slices} if self.slices > 1 else {})}
 
 
 def parse(name: str) -> Topology:
@@ -71,7 +83,7 @@ def parse(name: str) -> Topology:
   Raises:
     InputError: it is none; the message says what is known.
   """
-  found = re.fullmatch(r"([a-z0-9]+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+  found = re.fullmatch(r"([a-z0-9]+):([1-9]\d*(?:x[1-9]\d*)*)(?:@([1-9]\d*))?", name)
   if not found or found[1] not in chips.CHIPS:
     raise InputError(f"{name!r} names no known topology; known are {KNOWN}")
   chip, shape = chips.CHIPS[found[1]], tuple(map(int, found[2].split("x")))
@@ -79,7 +91,11 @@ def parse(name: str) -> Topology:
   if len(shape) not in sizes:
     raise InputError(f"the topology {name!r} must have {' or '.join(map(str, sizes))} number(s); "
                      f"known are {KNOWN}")
-  return Topology(chip, shape)
+  slices = int(found[3] or 1)
+  if slices > 1 and chip.platform != "tpu":
+    raise InputError(f"the topology {name!r} has several slices, and only TPUs come in slices; "
+                     f"known are {KNOWN}")
+  return Topology(chip, shape, slices)
 
 
 def missing(platform: str) -> str:

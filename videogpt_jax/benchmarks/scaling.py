@@ -46,7 +46,11 @@ def topology(chips: str, count: int) -> topology_lib.Topology:
     if count not in _V5P:
       raise InputError(f"v5p has slices of {', '.join(map(str, _V5P))} chips here, not of {count}")
     return topology_lib.parse(f"v5p:{_V5P[count]}")
-  return topology_lib.parse(f"{chips}:{max(1, count // 8)}x{min(count, 8)}")
+  if chips not in ("h100", "h200"):
+    raise InputError(f"the table is for v5p, h100 and h200, not for {chips!r}")
+  if count % 8:
+    raise InputError(f"nodes of {chips} have 8 GPUs; {count} are no whole nodes")
+  return topology_lib.parse(f"{chips}:{count // 8}x8")
 
 
 def for_chips(config: ConfigDict, count: int) -> ConfigDict:

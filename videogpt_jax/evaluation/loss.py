@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -11,6 +12,7 @@ from ml_collections import config_flags
 from ml_collections import ConfigDict
 
 from videogpt_jax import config as config_lib
+from videogpt_jax import distributed
 from videogpt_jax import files
 from videogpt_jax import held_out
 from videogpt_jax import sharding
@@ -84,7 +86,8 @@ def held_out_loss(config: ConfigDict, checkpoints: Sequence[str],
       params = train.initial_params(path, recipe, wanted)
       # A workdir whose training has gone on has other parameters, and another loss.
       item = f"{path} {weights_lib.fingerprint(params)}"
-      known = ledger.get(item) if ledger else None
+      # All processes hear the same, or some would wait for the others to compute.
+      known = distributed.from_first(functools.partial(ledger.get, item)) if ledger else None
       losses[path] = known or loss(params)
       if ledger and not known and jax.process_index() == 0:
         ledger.put(item, losses[path])
@@ -110,7 +113,7 @@ def run(out: pathlib.Path, options: Options) -> report_lib.Report:
 def _report(losses: dict[str, dict[str, float]], settings: dict[str, Any]) -> report_lib.Report:
   tables = [report_lib.Table("Held-out loss", ["checkpoint", "loss"],
                              [[name, values["loss"]] for name, values in losses.items()],
-                             better={"loss": report_lib.LOWER})]
+                             better={"loss": report_lib.LOWER}, digits=6)]
   plots = []
   for kind, title, label in (
       ("noise", "Held-out loss by noise level", "noise level, 0 the noisiest"),

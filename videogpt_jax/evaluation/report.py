@@ -24,7 +24,6 @@ Cell = str | float | None
 RESULTS, VALUES, PAGE, PLOTS = "results.json", "results.csv", "report.html", "plots"
 LOWER, HIGHER, ZERO = "lower", "higher", "zero"  # what is better: the latter, nearer to 0
 
-_DIGITS = 4  # significant ones of the largest value of a column
 _MOST_DECIMALS = 6
 
 
@@ -40,6 +39,7 @@ class Table:
     published: indices of rows whose values are of a paper, not measured here; they are marked.
     better: by column, `LOWER`, `HIGHER` or `ZERO`: its best measured value is marked.
     across: one of these: instead, the best value of every row is.
+    digits: shown of the largest value of a column.
   """
 
   title: str
@@ -49,6 +49,7 @@ class Table:
   published: Sequence[int] = ()
   better: Mapping[str, str] = dataclasses.field(default_factory=dict)
   across: str = ""
+  digits: int = 4
 
   def __post_init__(self) -> None:
     for row in self.rows:
@@ -58,7 +59,7 @@ class Table:
   def shown(self) -> list[list[str]]:
     """The cells as text; numbers of a column have equally many decimals."""
     columns = [[row[i] for row in self.rows] for i in range(len(self.columns))]
-    decimals = [_decimals(column) for column in columns]
+    decimals = [_decimals(column, self.digits) for column in columns]
     if self.across:  # rows are compared: a column of zeros looks like the others
       decimals = [decimals[0], *(x or max(decimals[1:]) for x in decimals[1:])]
     shown = [[_cell(cell, places) for cell in column]
@@ -184,11 +185,11 @@ def _best(cells: list[tuple[int, int]], rows: Sequence[Sequence[Cell]], way: str
   return {cell for cell, value in values.items() if value == best}
 
 
-def _decimals(cells: Sequence[Cell]) -> int:
+def _decimals(cells: Sequence[Cell], digits: int) -> int:
   numbers = [abs(x) for x in cells if isinstance(x, (int, float)) and is_number(x)]
   if all(float(x).is_integer() for x in numbers):
     return 0
-  return min(max(_DIGITS - 1 - math.floor(math.log10(max(numbers))), 0), _MOST_DECIMALS)
+  return min(max(digits - 1 - math.floor(math.log10(max(numbers))), 0), _MOST_DECIMALS)
 
 
 def _cell(cell: Cell, decimals: int) -> str:
