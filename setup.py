@@ -53,7 +53,8 @@ setuptools.setup(
     "tpu": [f"jax[tpu]{_JAX}"],
     "cuda": [f"jax[cuda13]{_JAX}"],
     # Scores of predicted videos.
-    "eval": ["matplotlib>=3.8", "scikit-image>=0.24", "scipy>=1.13"],
+    "eval": ["matplotlib>=3.8", "opencv-python-headless>=4.12", "scikit-image>=0.24",
+             "scipy>=1.13"],
     # Data sets on gs://.
     "gcs": ["gcsfs>=2024.2"],
     # Preparing published sets with tensorflow_datasets; reading them needs neither.
@@ -77,6 +78,7 @@ setuptools.setup(
       "mypy>=1.15",
       "nbclient>=0.10",
       "nbformat>=5.10",
+      "opencv-python-headless>=4.12",
       "pytest>=8.3",
       "pytest-xdist>=3.6",
       "ruff>=0.11",
