@@ -22,7 +22,7 @@ setuptools.setup(
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["videogpt_jax", "videogpt_jax.*"]),
   package_data={"videogpt_jax": ["aot/gpus/*.txtpb", "attention/block_sizes.json",
-                                  "pretrained/**"]},
+                                  "evaluation/page.*", "pretrained/**"]},
   install_requires=[
     "absl-py>=2.3.1",
     "array-record>=0.8",

@@ -15,8 +15,11 @@ from videogpt_jax.errors import InputError
 USER_ERROR_STATUS = 2
 
 
-def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
+def run(main: Callable[[], None], argv: Sequence[str] | None = None, *,
+        define_flags: Callable[[], None] = lambda: None) -> None:
   """Parses the absl flags in `argv` (default: the process's) and runs `main`.
+
+  Flags whose definition may raise an `InputError` are defined by `define_flags`.
 
   Exits with status 2 and no traceback after an `InputError` or a flag that does
   not parse; positional arguments are refused, since no command takes any.
@@ -30,6 +33,7 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> None:
     main()
 
   try:
+    define_flags()
     app.run(guarded, argv=list(argv) if argv is not None else None, flags_parser=_parse)
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)

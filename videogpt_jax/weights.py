@@ -319,6 +319,13 @@ def fingerprint(params: Any) -> str:
   return digest(np.concatenate([row.astype(np.float32) for row in rows]))
 
 
+def identity(weights: Weights) -> dict[str, Any]:
+  """JSON-able, what decides how weights predict, noise apart."""
+  return {"checkpoint": weights.path, "parameters": fingerprint(weights.params),
+          "dtype": np.dtype(weights.model.backbone.dtype).name,
+          "sampler": dict(weights.config["sample"])}
+
+
 def digest(array: np.ndarray) -> str:
   """Of the bytes of an array: equal arrays of one type and shape have equal ones."""
   return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]

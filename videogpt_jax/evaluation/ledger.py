@@ -7,6 +7,7 @@ A file appears whole or not at all, so any number of processes may share the fol
 """
 
 from collections.abc import Mapping, Sequence
+import hashlib
 import json
 import pathlib
 import shutil
@@ -17,12 +18,14 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+import videogpt_jax
 from videogpt_jax import distributed
 from videogpt_jax import files
 from videogpt_jax.errors import InputError
 
 IDENTITY = "evaluation.json"
 _ITEMS = "items"
+_LONGEST = 200  # characters of a file's name, which may have 255
 
 
 class Ledger:
@@ -32,7 +35,8 @@ class Ledger:
 
   Args:
     folder: of the results; made where missing.
-    identity: JSON-able, all that decides the results: only equal ones are taken up.
+    identity: JSON-able, all that decides the results, beside this package's version: only equal
+      ones are taken up.
     restart: forget what another evaluation left.
 
   Raises:
@@ -42,7 +46,8 @@ class Ledger:
   def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any], *, restart: bool = False
                ) -> None:
     self._folder, self._items = folder, folder / _ITEMS
-    wanted = json.loads(json.dumps(plain(identity)))  # as it will be read: no tuples
+    versioned = {**identity, "version": videogpt_jax.__version__}
+    wanted = json.loads(json.dumps(plain(versioned)))  # as it will be read: no tuples
     distributed.from_first(lambda: self._open(wanted, restart))
 
   def get(self, item: str) -> dict[str, Any] | None:
@@ -115,7 +120,10 @@ class Ledger:
                        "remove them and begin anew")
 
   def _path(self, item: str) -> pathlib.Path:
-    return self._items / f"{urllib.parse.quote(item, safe=' ')}.json"
+    name = urllib.parse.quote(item, safe=" ")
+    if len(name) > _LONGEST:
+      name = f"{name[:_LONGEST // 2]}-{hashlib.sha256(item.encode()).hexdigest()[:16]}"
+    return self._items / f"{name}.json"
 
 
 def plain(value: Any) -> Any:

@@ -22,9 +22,9 @@ from videogpt_jax.evaluation import ledger
 
 Cell = str | float | None
 RESULTS, VALUES, PAGE, PLOTS = "results.json", "results.csv", "report.html", "plots"
-LOWER, HIGHER = "lower", "higher"
+LOWER, HIGHER, ZERO = "lower", "higher", "zero"  # what is better: the latter, nearer to 0
 
-_DIGITS = 4  # significant ones of the smallest value of a column
+_DIGITS = 4  # significant ones of the largest value of a column
 _MOST_DECIMALS = 6
 
 
@@ -38,8 +38,8 @@ class Table:
     rows: cells by column; None or NaN: there is no value.
     note: below the table: sources, protocol.
     published: indices of rows whose values are of a paper, not measured here; they are marked.
-    better: by column, `LOWER` or `HIGHER`: its best measured value is marked.
-    across: `LOWER` or `HIGHER`: instead, the best value of every row is.
+    better: by column, `LOWER`, `HIGHER` or `ZERO`: its best measured value is marked.
+    across: one of these: instead, the best value of every row is.
   """
 
   title: str
@@ -57,8 +57,13 @@ class Table:
 
   def shown(self) -> list[list[str]]:
     """The cells as text; numbers of a column have equally many decimals."""
-    columns = [_shown([row[i] for row in self.rows]) for i in range(len(self.columns))]
-    return [list(row) for row in zip(*columns, strict=True)]
+    columns = [[row[i] for row in self.rows] for i in range(len(self.columns))]
+    decimals = [_decimals(column) for column in columns]
+    if self.across:  # rows are compared: a column of zeros looks like the others
+      decimals = [decimals[0], *(x or max(decimals[1:]) for x in decimals[1:])]
+    shown = [[_cell(cell, places) for cell in column]
+             for column, places in zip(columns, decimals, strict=True)]
+    return [list(row) for row in zip(*shown, strict=True)]
 
   def best(self) -> set[tuple[int, int]]:
     """The marked cells: row, column."""
@@ -147,7 +152,7 @@ def write(report: Report, out: pathlib.Path) -> list[pathlib.Path]:
     curves.write_png(plot, plots[plot.title])
   files.write_json(out / RESULTS, _strict(ledger.plain(_as_dict(report, out, plots))))
   files.replace(out / VALUES, _csv(report).encode())
-  files.replace(out / PAGE, page.render(report, out).encode())
+  page.write(report, out / PAGE)
   return [out / RESULTS, out / VALUES, *plots.values(), out / PAGE]
 
 
@@ -172,21 +177,24 @@ def _best(cells: list[tuple[int, int]], rows: Sequence[Sequence[Cell]], way: str
   for i, j in cells:
     value = rows[i][j]
     if isinstance(value, (int, float)) and is_number(value):
-      values[i, j] = value
+      values[i, j] = {LOWER: value, HIGHER: -value, ZERO: abs(value)}[way]
   if len(values) < 2:
     return set()
-  best = (min if way == LOWER else max)(values.values())
+  best = min(values.values())
   return {cell for cell, value in values.items() if value == best}
 
 
-def _shown(cells: Sequence[Cell]) -> list[str]:
+def _decimals(cells: Sequence[Cell]) -> int:
   numbers = [abs(x) for x in cells if isinstance(x, (int, float)) and is_number(x)]
-  whole = all(float(x).is_integer() for x in numbers)
-  least = min((x for x in numbers if x), default=1.0)
-  decimals = 0 if whole else min(max(_DIGITS - 1 - math.floor(math.log10(least)), 0),
-                                 _MOST_DECIMALS)
-  return [cell if isinstance(cell, str) else "–" if cell is None or math.isnan(cell)
-          else f"{cell:.{decimals}f}" for cell in cells]
+  if all(float(x).is_integer() for x in numbers):
+    return 0
+  return min(max(_DIGITS - 1 - math.floor(math.log10(max(numbers))), 0), _MOST_DECIMALS)
+
+
+def _cell(cell: Cell, decimals: int) -> str:
+  if isinstance(cell, str):
+    return cell
+  return f"{cell:.{decimals}f}" if is_number(cell) else "-"
 
 
 def _text(table: Table) -> str:
