@@ -85,7 +85,7 @@ def test_frechet_statistics_are_saved_with_what_they_are_of(tmp_path):
 def test_frechet_refuses_what_has_no_distance():
   rows = np.ones((3, 4))
   rows[1, 2] = np.nan
-  with pytest.raises(InputError, match="1 of 3 feature rows.*row 1"):
+  with pytest.raises(InputError, match=r"1 of 3 feature rows.*row 1"):
     frechet.of(rows)
   with pytest.raises(InputError, match="4 and of 5 features"):
     frechet.distance(frechet.of(np.eye(4)), frechet.of(np.eye(5)))

@@ -61,14 +61,14 @@ class Protocol:
 
 PROTOCOLS = {protocol.name: protocol for protocol in (
   Protocol("kinetics600_5k", 5, 16, (64, 64), 5_000, RANDOM, 1,
-           "5 given and 11 predicted frames of 64x64 px: as in MAGVIT (arXiv 2212.05199) and its "
-           "predecessors; 5,000 validation videos, one prediction each; windows begin anywhere"),
+           "5 given and 11 predicted frames of 64x64 px: as in MAGVIT (arXiv 2212.05199); "
+           "chosen here: 5,000 validation videos, one prediction each; windows begin anywhere"),
   Protocol("ucf101_2048", 0, 16, (128, 128), 2_048, RANDOM, 1,
-           "2,048 windows of 16 frames: as in DIGAN (arXiv 2202.10571) and StyleGAN-V (arXiv "
-           "2112.14683, 256x256 px there); windows begin anywhere"),
+           "2,048 windows of 16 frames, drawn from the data, of 128x128 px: as asked for and "
+           "answered for MoCoGAN-HD (arXiv 2104.15069, issue 7 of its repository); the count and "
+           "length are also those of StyleGAN-V's fvd2048_16f"),
   Protocol("ucf101_10k", 0, 16, (128, 128), 10_000, RANDOM, 1,
-           "10,000 windows of 16 frames of 128x128 px: as in TATS (arXiv 2204.03638) and MAGVIT; "
-           "windows begin anywhere"),
+           "as ucf101_2048, with 10,000 videos"),
 )}
 
 
