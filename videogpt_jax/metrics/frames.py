@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from jaxtyping import Float, UInt8
 import numpy as np
-from skimage import metrics as skimage_metrics
 
 from videogpt_jax.errors import InputError
 
@@ -88,6 +87,8 @@ def _mse_of_frame(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _ssim_of_frame(predicted: np.ndarray, truth: np.ndarray) -> float:
+  from skimage import metrics as skimage_metrics  # an extra: training does without it
+
   return skimage_metrics.structural_similarity(
     truth.astype(np.float64),
     predicted.astype(np.float64),
