@@ -8,6 +8,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
 # Nearly all time goes into compiling; this halves it. `XLA_FLAGS= make test` optimises in full.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+# So that commands which tests start need not start twice, see `cli.use_huge_pages`.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+
 from absl import flags
 import jax
 import pytest

@@ -115,7 +115,7 @@ def test_captured_layers_are_the_stacks_own_outputs(params):
   np.testing.assert_allclose(out.hidden[0], alone.hidden[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["dots", "full"])
+@pytest.mark.parametrize("policy", ["dots", "attention", "full"])
 def test_remat_changes_no_gradient(params, policy):
   blocks = layout.training(jnp.array([[0, 1]]))
 

@@ -11,6 +11,7 @@ import resource
 import struct
 import subprocess
 import sys
+import textwrap
 import time
 
 import jax
@@ -164,7 +165,9 @@ def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path, caplog):
       writer.scalars(step, {"loss": 1.0})
       writer.timing({"step": step})
     writer.image(999, "noise", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-  assert caplog.text.count("cannot write to") == 1 and "too large" in caplog.text
+  for kind in ("metrics", "times", "images"):
+    assert caplog.text.count(f"cannot write {kind} to") == 1
+  assert "too large" in caplog.text
   writer.scalars(1000, {"loss": 2.0})
   writer.close()
   records = telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE)
@@ -344,6 +347,33 @@ def test_memory_is_that_of_this_process_and_its_children():
   child.stdout.readline()
   assert 290 < machine.host_rss_mib() - before < 400
   child.communicate(b"\n")
+
+
+def test_what_a_compiler_freed_goes_back_to_the_system():
+  """Memory that the C library keeps: many small pieces, all freed but the last."""
+  program = textwrap.dedent("""
+    import ctypes, jax
+    from videogpt_jax import machine
+
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    jax.jit(lambda x: x + 1)(1.0)
+    pieces = [libc.malloc(1 << 16) for _ in range(3200)]
+    for piece in pieces:
+      ctypes.memset(piece, 1, 1 << 16)
+    for piece in pieces[:-1]:
+      libc.free(piece)
+    kept = machine.host_rss_mib()
+    machine.free_after_compiling(60.0)
+    jax.jit(lambda x: x + 2)(1.0)
+    brief = machine.host_rss_mib()
+    machine.free_after_compiling(0.0)
+    jax.jit(lambda x: x + 3)(1.0)
+    print(kept - brief, brief - machine.host_rss_mib())
+  """)
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+  brief, after = map(float, done.stdout.split())
+  assert abs(brief) < 30 and after > 150, (brief, after)  # 200 MiB were freed
 
 
 def test_peak_memory_stays_and_is_not_inherited():

@@ -504,8 +504,10 @@ def test_returns_to_the_same_parameters_are_counted(tiny, tmp_path, poison, caps
   assert "going on from step 12 with the parameters of step 9" in capsys.readouterr().out
 
 
-def test_the_learning_rate_is_that_of_the_updates(tiny, tmp_path, poison):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_learning_rate_is_that_of_the_updates(tiny, tmp_path, poison, name):
   """An update that is skipped does not count in it; after a return it is that of the step."""
+  tiny.optimizer.name = name
   tiny.train.steps, tiny.train.max_bad_steps, tiny.log.videos, tiny.log.every = 12, 2, 0, 1
   tiny.optimizer.warmup_steps, tiny.optimizer.learning_rate = 100, 1.0
   poison(2, 8, 9)

@@ -92,6 +92,8 @@ REMAT_POLICIES = {
     "none": _policies.save_from_both_policies(  # all products, and the attention's output
         _policies.dots_saveable, _policies.save_only_these_names(attention.OUTPUT)),
     "dots": _policies.dots_with_no_batch_dims_saveable,  # products with weights
+    # The input of each layer, and the attention's output, which takes longest to compute again.
+    "attention": _policies.save_only_these_names(attention.OUTPUT),
     "full": _policies.nothing_saveable,  # the input of each layer alone
     "offload": _policies.save_and_offload_only_these_names(  # the same, in the host's memory
         names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT],

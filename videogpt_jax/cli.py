@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -21,15 +22,21 @@ _FIRST_LEAVES_AFTER = 3.0  # seconds
 
 
 def run(main: Callable[[], None], argv: Sequence[str] | None = None, *,
-        define_flags: Callable[[], None] = lambda: None) -> None:
+        define_flags: Callable[[], None] = lambda: None, computes: bool = False) -> None:
   """Parses the absl flags in `argv` (default: the process's) and runs `main`.
-
-  Flags whose definition may raise an `InputError` are defined by `define_flags`.
 
   Exits with status 2 and no traceback after an `InputError` or a flag that does
   not parse; positional arguments are refused, since no command takes any. One of several
   processes ends at once after any error.
+
+  Args:
+    main: what to run, after the flags are parsed.
+    argv: the command's name and its arguments.
+    define_flags: defines flags whose definition may raise an `InputError`.
+    computes: it computes long enough on a CPU to start with huge pages, see `use_huge_pages`.
   """
+  if computes and argv is None:
+    use_huge_pages()
 
   def guarded(args: Sequence[str]) -> None:
     if len(args) > 1:
@@ -51,6 +58,42 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None, *,
       raise
     traceback.print_exc()
     _leave(_CRASH_STATUS)
+
+
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def use_huge_pages() -> None:
+  """Starts this command anew, once, with memory in pages of 2 MiB, where that is worth while.
+
+  On CPU a train step takes its buffers from the system and gives them back; with pages of 4 KiB
+  this costs 10 to 20% of its time. The C library (glibc 2.35) learns it from its environment
+  alone, and that is read when the process starts. Nothing happens where the system gives huge
+  pages unasked or not at all, where there is an accelerator, or if GLIBC_TUNABLES is set (to
+  nothing, for example).
+  """
+  if "GLIBC_TUNABLES" in os.environ or not _grants_huge_pages() or _has_accelerator():
+    return
+  os.environ["GLIBC_TUNABLES"] = _HUGE_PAGES
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _grants_huge_pages() -> bool:
+  """Whether the system has huge pages for those who ask, and the C library can ask."""
+  try:
+    told = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+    return ("[madvise]" in told and name == "glibc"
+            and tuple(map(int, version.split("."))) >= (2, 35))
+  except (OSError, ValueError):
+    return False
+
+
+def _has_accelerator() -> bool:
+  names = ("nvidia[0-9]*", "accel*", "vfio/[0-9]*", "kfd")
+  return any(any(pathlib.Path("/dev").glob(name)) for name in names)
 
 
 def _is_one_of_several() -> bool:

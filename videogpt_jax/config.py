@@ -71,7 +71,7 @@ def _model() -> ConfigDict:
   c.max_position_embeddings = 4096
   c.dtype = "auto"  # compute type: float32, bfloat16; auto: bfloat16 on accelerators
   c.attention = "auto"  # reference, xla; auto picks by platform and length
-  c.remat = "none"  # none, dots, full
+  c.remat = "none"  # none, dots, attention, full: from most memory to least
   c.gradients = "compute"  # type in which devices add up gradients: the compute type, float32
   return c
 
@@ -342,7 +342,7 @@ def _validate_model(config: ConfigDict) -> None:
       raise InputError(f"config.model.{name} {m[name]} is no row of a vocabulary of {m.vocab_size}")
   _one_of(config, "model.dtype", ("auto", "float32", "bfloat16"))
   _one_of(config, "model.attention", ("auto", *attention.IMPLEMENTATIONS))
-  _one_of(config, "model.remat", ("none", "dots", "full"))
+  _one_of(config, "model.remat", ("none", "dots", "attention", "full"))
   _one_of(config, "model.gradients", tuple(backbone.GRADIENTS))
   _one_of(config, "train.offload", step_lib.OFFLOADS)
   if config.train.offload == "activations" and m.remat != "full":

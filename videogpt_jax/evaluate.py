@@ -30,6 +30,7 @@ import jax
 from videogpt_jax import cli
 from videogpt_jax import distributed
 from videogpt_jax import files
+from videogpt_jax import machine
 from videogpt_jax import sharding
 from videogpt_jax import telemetry
 from videogpt_jax import weights as weights_lib
@@ -96,6 +97,7 @@ def main() -> None:
   """Reads the flags and measures."""
   f = flags.FLAGS
   distributed.obey_flags()
+  machine.free_after_compiling()
   module = _module(f.benchmark)
   options = module.from_flags()
   if f.benchmark == "loss":
@@ -139,4 +141,4 @@ def _folder(out: str) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  cli.run(main, define_flags=lambda: define_flags(sys.argv[1:]))
+  cli.run(main, define_flags=lambda: define_flags(sys.argv[1:]), computes=True)

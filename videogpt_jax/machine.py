@@ -1,6 +1,8 @@
 """What the machine is and does: memory of this process, speed of its devices."""
 
 import contextlib
+import ctypes
+import functools
 import os
 import pathlib
 import resource
@@ -85,6 +87,27 @@ def device_memory_mib() -> dict[str, float]:
   names = {"device_mib": "bytes_in_use", "device_peak_mib": "peak_bytes_in_use"}
   return {ours: max(stats[theirs] for stats in told) / _MIB for ours, theirs in names.items()
           if told and all(theirs in stats for stats in told)}
+
+
+@functools.cache
+def free_after_compiling(longer_than: float = 0.5) -> None:
+  """Gives back to the system what a compiler has freed, after every compilation from now on.
+
+  The C library (glibc) would keep it, hundreds of MiB for a train step, and what the program
+  itself needs would come on top. Elsewhere than with glibc this does nothing.
+
+  Args:
+    longer_than: seconds of compilation, below which it is not worth while.
+  """
+  trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+  if trim is None:
+    return
+
+  def after(event: str, duration_secs: float, **_: str | int) -> None:
+    if event.endswith("/backend_compile_duration") and duration_secs > longer_than:
+      trim(0)
+
+  jax.monitoring.register_event_duration_secs_listener(after)
 
 
 def split_cpu(devices: int) -> None:

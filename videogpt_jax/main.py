@@ -39,6 +39,7 @@ def main() -> None:
     machine.split_cpu(config.cpu_devices)
   distributed.obey_flags()
   machine.use_platform(config.platform)
+  machine.free_after_compiling()
   if _DRY_RUN.value:
     print(dry_run.report(config))
     return
@@ -51,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, computes=True)

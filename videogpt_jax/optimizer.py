@@ -76,7 +76,10 @@ def count(opt_state: Any) -> Array:
 
 def with_count(opt_state: Any, number: Array) -> Any:
   """The state with another such count."""
-  return optax.tree_utils.tree_set(opt_state, _of_schedule, count=number)
+  schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+  # Muon has two schedules, and a train step, to which the state is donated, wants two arrays.
+  return jax.tree.map(lambda x: x._replace(count=jnp.copy(number)) if schedule(x) else x, opt_state,
+                      is_leaf=schedule)
 
 
 def _of_schedule(path: tuple[Any, ...], value: Any) -> bool:

@@ -166,6 +166,7 @@ def main() -> None:
   f = flags.FLAGS
   if f.cpu_devices:
     machine.split_cpu(f.cpu_devices)
+  machine.free_after_compiling()
   source = weights_lib.open_source(f.checkpoint)
   request = _request(f, source.config)
   interval = f.interval or given_lib.shortest_interval(source.config["data"])
@@ -288,4 +289,4 @@ def _mesh(wanted: list[str] | None, request: Request, source: weights_lib.Source
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(main)
+  cli.run(main, computes=True)

@@ -50,8 +50,9 @@ def test_a_stage_on_64_chips(train_step, stage, topology):
   assert sent["reduce-scatter"][0] >= turns
   weights = 2 * facts.parameters["backbone"] * (1 - 1 / facts.mesh["fsdp"])  # bfloat16
   assert sent["all-gather"][1] > 1.9 * weights * facts.accumulation
-  kernels = {"h100": ("mosaic_gpu_v2", 4), "v5p": ("tpu_custom_call", 3)}[name]
-  assert facts.traffic.calls[kernels[0]] >= kernels[1] * turns
+  # Attention forward once: its output is kept. Backward in two kernels, in one on TPU.
+  kernels = {"h100": ("mosaic_gpu_v2", 3), "v5p": ("tpu_custom_call", 2)}[name]
+  assert facts.traffic.calls[kernels[0]] == kernels[1] * turns
 
 
 def test_the_last_stage_on_one_gpu(train_step):
@@ -65,7 +66,7 @@ def test_the_last_stage_on_one_gpu(train_step):
 _WIDTH, _DEEP = 768, 16
 _THIN = {**_ONE, "model.hidden_size": _WIDTH, "model.intermediate_size": 2048,
          "model.num_layers": _DEEP, "model.num_heads": 8, "model.num_kv_heads": 8,
-         "train.batch_size": 2, "train.accumulation": 1}
+         "model.remat": "full", "train.batch_size": 2, "train.accumulation": 1}
 
 
 def test_moments_on_the_host(train_step):

@@ -81,10 +81,10 @@ def executed(cost: flops.Cost, remat: str, attention: str) -> tuple[float, float
     remat: what the backward pass computes again, see `videogpt_jax.backbone`.
     attention: the implementation.
   """
-  again = remat in ("full", "offload")
+  again = remat in ("attention", "full", "offload")
   # All tokens are computed, also those that nobody needs.
   dense = (cost.dense + again * cost.forward) * cost.sequence / cost.tokens
-  forward = cost.attention / 3 * (1 if remat == "none" else 2)
+  forward = cost.attention / 3 * (1 if remat in ("none", "attention") else 2)
   return dense, forward + cost.attention / 3 * _BACKWARD[attention] / 2
 
 

@@ -297,4 +297,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("cpu_devices", min(2, machine.usable_cores()), "On CPU: devices that the "
                        "cores and the heads are shared among; 0: leave it to jax.")
   flags.DEFINE_string("out", "", "Result file, '-' for none; default: in benchmarks/results/.")
-  cli.run(main)
+  cli.run(main, computes=True)

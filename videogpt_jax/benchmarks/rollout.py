@@ -210,6 +210,7 @@ def main() -> None:
   devices = f.cpu_devices or case.cpu_devices
   if devices > 1:
     machine.split_cpu(devices)
+  machine.free_after_compiling()
   sampler = sampler_lib.Sampler(steps=f.steps or case.steps, guidance=f.guidance, method=f.method)
   result = measure(case, sampler, f.repeats, f.recomputed)
   for key, value in result.items():
@@ -234,4 +235,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("cpu_devices", 0, "On CPU: devices that the cores are shared among; 0: as "
                        "the case says.", lower_bound=0)
   flags.DEFINE_string("out", "-", "Result file; empty: in benchmarks/results; - for none.")
-  cli.run(main)
+  cli.run(main, computes=True)

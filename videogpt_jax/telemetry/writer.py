@@ -64,18 +64,18 @@ class Writer:
     start_step: the first step that will be written (again): 0 for a new run, one more than
       the checkpoint's number of finished steps for one that resumes.
 
-  What the system refuses to write later is warned of, once until it writes again, and does not
-  end the run: whether the state can be saved decides that.
+  What the system refuses to write later is warned of, once for each kind of file until it is
+  written again, and does not end the run: whether the state can be saved decides that.
 
   Raises:
     InputError: the workdir cannot be written (no permission, disk full, not a folder).
   """
 
   mirror: mirror_lib.WeightsAndBiases | None = None  # is shown the same
-  _refused = False  # by the system, the last time that something was to be written
 
   def __init__(self, workdir: str | pathlib.Path, start_step: int = 0):
     self._workdir = pathlib.Path(workdir)
+    self._refused: set[str] = set()
     with records_lib.writing(self._workdir):
       self._workdir.mkdir(parents=True, exist_ok=True)
       self._lines = records_lib.reopen(
@@ -87,7 +87,7 @@ class Writer:
     """Writes `values` for `step`. A NaN or infinity is `null` in the JSON lines."""
     numbers = {name: float(value) for name, value in values.items()}
     line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    with self._refusals():
+    with self._refusals("metrics"):
       self._lines.write(json.dumps({"step": int(step), **line}) + "\n")
       self._lines.flush()
       for name, value in numbers.items():
@@ -98,7 +98,7 @@ class Writer:
 
   def timing(self, record: Mapping[str, Any]) -> None:
     """Keeps a record of the run's time (`goodput.Account`)."""
-    with self._refusals():
+    with self._refusals("times"):
       self._times.write(json.dumps(record) + "\n")
       self._times.flush()
 
@@ -130,7 +130,7 @@ class Writer:
     if self.mirror:
       self.mirror.close()
     for part in (self._lines, self._times, self._events):
-      with self._refusals():
+      with self._refusals("end"):
         part.close()
 
   def _picture(
@@ -140,7 +140,7 @@ class Writer:
     picture = summary_pb2.Summary.Image(
       height=size[0], width=size[1], colorspace=3, encoded_image_string=data
     )
-    with self._refusals():
+    with self._refusals(folder):
       path.parent.mkdir(exist_ok=True)
       files.replace(path, data)
       self._events.add(step, summary_pb2.Summary.Value(tag=name, image=picture))
@@ -150,17 +150,17 @@ class Writer:
     return path
 
   @contextlib.contextmanager
-  def _refusals(self) -> Iterator[None]:
-    """Warns of what the system refuses to write, once in a row."""
+  def _refusals(self, kind: str) -> Iterator[None]:
+    """Warns of what the system refuses to write, once in a row of its kind."""
     try:
       yield
     except (OSError, InputError) as error:  # the latter from `files`
-      if not self._refused:
-        logging.warning("cannot write to %s: %s; the run goes on, what it reports may be missing "
-                        "there", self._workdir, error)
-      self._refused = True
+      if kind not in self._refused:
+        logging.warning("cannot write %s to %s: %s; the run goes on, what it reports may be "
+                        "missing there", kind, self._workdir, error)
+      self._refused.add(kind)
     else:
-      self._refused = False
+      self._refused.discard(kind)
 
 
 class Silent:
