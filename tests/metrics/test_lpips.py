@@ -7,7 +7,9 @@ import pytest
 
 import torch_files
 from videogpt_jax import tensors
+from videogpt_jax.data import world
 from videogpt_jax.errors import InputError
+from videogpt_jax.evaluation import world as benchmark
 from videogpt_jax.metrics import lpips
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "lpips"
@@ -83,3 +85,22 @@ def test_lpips_refuses_other_weights_and_frames(tmp_path):
     distance(x, y[:, :40])
   with pytest.raises(InputError, match="32 px"):
     distance(x[:, :16], y[:, :16])
+
+
+def test_lpips_of_predicted_worlds(tmp_path):
+  """Beside the other metrics by frame, for the model and the baselines, if its weights are given."""
+  files = (_weights(tmp_path, ALEX), str(GOLDEN / "alex.pth"))
+  settings = world.Settings(size=32)
+
+  def copy(histories, count, rng):
+    return np.repeat(histories[:, -1:], count, axis=1)
+
+  options = benchmark.Options(videos=2, batch_size=2, fit_videos=2, lpips=files)
+  found = benchmark.measure(copy, settings, 4, tmp_path / "out", options, {})[0]
+  frames = np.stack([world.simulate(settings, world.held_out_seed(i)).frames for i in range(2)])
+  expected = lpips.Lpips(*files)(np.repeat(frames[:, 3:4], 4, axis=1), frames[:, 4:])
+  np.testing.assert_allclose(found.by_frame("model", "lpips"), expected.mean(0), rtol=1e-5)
+  np.testing.assert_array_equal(found.scores["copy_last"].lpips, found.scores["model"].lpips)
+  assert found.summary()["lpips"]["constant_velocity"]
+  with pytest.raises(InputError, match="at least 32 px a side; those of this world have 16"):
+    benchmark.measure(copy, world.Settings(size=16), 4, tmp_path, options, {})

@@ -59,10 +59,12 @@ class Published:
 
 
 PUBLISHED = (
-  Published("kinetics600", "MAGVIT-L", 9.9, "± 0.3; arXiv 2212.05199; 5 given, 11 predicted"),
+  Published("kinetics600", "MAGVIT-L", 9.9, "± 0.3; listed for arXiv 2212.05199 by "
+            "Papers with Code; 5 given, 11 predicted"),
   Published("kinetics600", "Video-GPT", 315.4, "listed for arXiv 2505.12489 at wizwand.com; "
             "frames given, size and number of videos not stated there"),
-  Published("ucf101", "MAGVIT-L", 76.0, "± 2; arXiv 2212.05199; by class, 128x128"),
+  Published("ucf101", "MAGVIT-L", 76.0, "± 2; listed for arXiv 2212.05199 by Papers "
+            "with Code; by class, 128x128"),
   Published("ucf101", "Video-GPT", 53.0, "listed for arXiv 2505.12489 at wizwand.com and "
             "sotaverified.org; by class; size and number of videos not stated there"),
 )
@@ -142,6 +144,11 @@ def from_flags() -> Options:
     raise InputError(f"--seeds must be whole numbers, got {','.join(f.seeds)}") from error
   names = {field.name for field in dataclasses.fields(Options)} - {"seeds"}
   return Options(seeds=seeds, **{name: getattr(f, name) for name in names})
+
+
+def needs_weights(options: Options) -> bool:
+  """Two folders of videos are compared without a model."""
+  return not options.generated
 
 
 def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options

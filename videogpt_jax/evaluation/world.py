@@ -28,6 +28,7 @@ from videogpt_jax.evaluation import progress as progress_lib
 from videogpt_jax.evaluation import report as report_lib
 from videogpt_jax.metrics import baselines
 from videogpt_jax.metrics import evidence as evidence_lib
+from videogpt_jax.metrics import lpips as lpips_lib
 from videogpt_jax.metrics import world as detector
 
 SUMMARY = "summary.json"
@@ -55,6 +56,7 @@ class Options:
     fit_videos: training videos that the baselines are fitted to.
     shift: of the sampling times; None: as the weights' configuration says.
     restart: forget what another evaluation left.
+    lpips: the files `lpips.Lpips` reads (network, channels' weights); empty: LPIPS is left out.
   """
 
   videos: int = 64
@@ -64,6 +66,7 @@ class Options:
   fit_videos: int = 256
   shift: float | None = None
   restart: bool = False
+  lpips: tuple[str, ...] = ()
 
 
 def define_flags() -> None:
@@ -72,6 +75,8 @@ def define_flags() -> None:
   flags.DEFINE_integer("samples", 1, "Futures of each video, with different noise: the best and "
                        "the mean of them are scored.", lower_bound=1)
   flags.DEFINE_float("shift", None, "Of the sampling times; default: as the run's configuration.")
+  flags.DEFINE_list("lpips", [], "For LPIPS, two files of weights: torchvision's AlexNet (such as "
+                    "alexnet-owt-7be5be79.pth) and lpips/weights/v0.1/alex.pth of the package lpips.")
 
 
 def from_flags() -> Options:
@@ -79,8 +84,10 @@ def from_flags() -> Options:
   f = flags.FLAGS
   if f.shift is not None and not f.shift > 0:
     raise InputError(f"--shift must be positive, got {f.shift}")
+  if len(f.lpips) not in (0, 2):
+    raise InputError(f"--lpips names two files (NETWORK,CHANNELS), got {len(f.lpips)}")
   return Options(videos=f.videos, samples=f.samples, seed=f.seed, shift=f.shift,
-                 restart=f.restart)
+                 restart=f.restart, lpips=tuple(f.lpips))
 
 
 def run(weights: weights_lib.Weights, out: pathlib.Path, options: Options) -> report_lib.Report:
@@ -141,12 +148,16 @@ def measure(predict: Predict, settings: world.Settings, history: int, out: pathl
   if min(sizes) < 1:
     raise InputError("videos, samples, batch_size and fit_videos must be at least 1, got "
                      + ", ".join(map(str, sizes)))
+  if options.lpips and settings.size < lpips_lib.SMALLEST:
+    raise InputError(f"LPIPS needs frames of at least {lpips_lib.SMALLEST} px a side; those of this "
+                     f"world have {settings.size}")
   # The seed of a batch's noise, and so its result, depends on where it starts.
   starts = {f"{start:05d}": start for start in range(0, options.videos, options.batch_size)}
   ledger = ledger_lib.Ledger(out, {
     "benchmark": "world", **identity, "world": dataclasses.asdict(settings), "history": history,
     "videos": options.videos, "samples": options.samples, "seed": options.seed,
-    "batch_size": options.batch_size, "fit_videos": options.fit_videos}, restart=options.restart)
+    "batch_size": options.batch_size, "fit_videos": options.fit_videos,
+    **({"lpips": list(options.lpips)} if options.lpips else {})}, restart=options.restart)
   unfinished = ledger.mine(list(starts))
   if unfinished:
     batches = _Batches(predict, settings, history, out, options)
@@ -177,6 +188,7 @@ class _Batches:
                 for i in range(options.fit_videos)]
     self._fitted = baselines.fit(settings, np.stack(training), history, self._count)
     self._hidden = detector.hidden_pixels(settings)
+    self._lpips = lpips_lib.Lpips(*options.lpips) if options.lpips else None
     for folder in (out / PREDICTIONS, out / "gifs"):
       files.make_folder(folder)
 
@@ -191,7 +203,8 @@ class _Batches:
       predictions[name] = [np.stack([
         baseline(s.frames[:self._history], s.objects, self._fitted) for s in samples])]
     scores = {name: [dataclasses.asdict(evidence_lib.score(
-      self._settings, part, samples, self._history, self._hidden)) for part in parts]
+      self._settings, part, samples, self._history, self._hidden, self._lpips))
+      for part in parts]
       for name, parts in predictions.items()}
     for i in range(length):
       self._write(start + i, truth[i], {name: [part[i] for part in parts]
@@ -286,6 +299,7 @@ def _training(workdir: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
 
 
 _BETTER = {"mse": report_lib.LOWER, "psnr": report_lib.HIGHER, "ssim": report_lib.HIGHER,
+           "lpips": report_lib.LOWER,
            "position": report_lib.LOWER, "mistaken": report_lib.LOWER,
            "vanished": report_lib.LOWER, "kinetic": report_lib.ZERO,
            "mechanical": report_lib.ZERO}

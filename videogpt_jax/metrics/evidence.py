@@ -31,13 +31,14 @@ _RED = "#d1342f"  # the model's curve
 class Scores:
   """One predictor's scores for every video and predicted frame.
 
-  `mse` is of pixels / 255, `psnr` in dB (equal frames count as 100); the others are those of
-  `objects.Objects`.
+  `mse` is of pixels / 255, `psnr` in dB (equal frames count as 100), `lpips` NaN where it was not
+  asked for; the others are those of `objects.Objects`.
   """
 
   mse: Float[np.ndarray, "V G"]
   psnr: Float[np.ndarray, "V G"]
   ssim: Float[np.ndarray, "V G"]
+  lpips: Float[np.ndarray, "V G"]
   position: Float[np.ndarray, "V G"]
   mistaken: Float[np.ndarray, "V G"]
   vanished: Float[np.ndarray, "V G"]
@@ -82,6 +83,7 @@ METRICS = {
   "mse": Metric("MSE", "MSE of pixels / 255 (lower is better)", ("mse",), objects.mean),
   "psnr": Metric("PSNR", "PSNR in dB (higher is better)", ("psnr",), objects.mean, np.negative),
   "ssim": Metric("SSIM", "SSIM (higher is better)", ("ssim",), objects.mean, np.negative),
+  "lpips": Metric("LPIPS", "LPIPS (lower is better)", ("lpips",), objects.mean),
   "position": Metric(
     "position", f"Position error of objects in px, a lost one counts {detector.LOST:g} (lower is "
     "better)", ("position",), objects.mean),
@@ -98,9 +100,11 @@ METRICS = {
 
 
 def score(settings: world.Settings, predicted: UInt8[np.ndarray, "V G S S 3"],
-          samples: Sequence[world.Sample], history: int, hidden: np.ndarray | None = None
-          ) -> Scores:
+          samples: Sequence[world.Sample], history: int, hidden: np.ndarray | None = None,
+          perceptual: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None) -> Scores:
   """Scores predictions of the frames after `history`; `hidden` as in `detector.detect`.
+
+  `perceptual` is an `lpips.Lpips`, if its weights are there.
 
   Raises:
     InputError: predicted frames of another shape or type than the true ones.
@@ -112,7 +116,8 @@ def score(settings: world.Settings, predicted: UInt8[np.ndarray, "V G S S 3"],
               for frames, sample in zip(predicted, samples, strict=True)]
   rest = {field.name: np.stack([getattr(x, field.name) for x in followed])
           for field in dataclasses.fields(objects.Objects)}
-  return Scores(error, decibels, frame_metrics.ssim(predicted, truth), **rest)
+  lpips = np.full(error.shape, np.nan) if perceptual is None else perceptual(predicted, truth)
+  return Scores(error, decibels, frame_metrics.ssim(predicted, truth), lpips, **rest)
 
 
 def of_samples(samples: Sequence[Scores]) -> dict[str, Scores]:
@@ -153,6 +158,8 @@ class Evidence:
   def metrics(self) -> dict[str, Metric]:
     """Those that say something of this world."""
     idle = {"mechanical"} if not self.settings.gravity else set()
+    if np.isnan(self.scores[MODEL].lpips).all():
+      idle.add("lpips")
     return {key: metric for key, metric in METRICS.items() if key not in idle}
 
   def by_frame(self, name: str, key: str) -> Float[np.ndarray, " G"]:
@@ -172,7 +179,8 @@ class Evidence:
       "mse_model": float(self.scores[MODEL].mse.mean()),
       "mse_baselines": {name: float(self.scores[name].mse.mean()) for name in names},
     }
-    keys = {"mse": "mse_by_frame", "psnr": "psnr", "ssim": "ssim", "position": "position_error_px",
+    keys = {"mse": "mse_by_frame", "psnr": "psnr", "ssim": "ssim", "lpips": "lpips",
+            "position": "position_error_px",
             "mistaken": "mistaken_objects", "vanished": "vanished_objects",
             "kinetic": "kinetic_energy_drift", "mechanical": "mechanical_energy_drift"}
     return found | {keys[key]: self._lists(key) for key in self.metrics()}

@@ -28,6 +28,7 @@ _FRAMES = ("NHWC", "HWIO", "NHWC")
 _MEAN, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of colours in [-1, 1]
 _EPSILON = 1e-10
 _BATCH = 16  # frames at once
+SMALLEST = 32  # px, a side of frames of which anything is left after all strides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Lpips:
         {predicted.dtype, truth.dtype} != {np.dtype(np.uint8)}):
       raise InputError(f"LPIPS compares uint8 RGB frames of one shape, got {predicted.dtype} "
                        f"{predicted.shape} and {truth.dtype} {truth.shape}")
-    if min(truth.shape[-3:-1]) < 32:
-      raise InputError(f"LPIPS needs frames of at least 32 px a side, got {truth.shape[-3]}x"
+    if min(truth.shape[-3:-1]) < SMALLEST:
+      raise InputError(f"LPIPS needs frames of at least {SMALLEST} px a side, got {truth.shape[-3]}x"
                        f"{truth.shape[-2]}")
     frame = truth.shape[-3:]
     x, y = predicted.reshape(-1, *frame), truth.reshape(-1, *frame)
