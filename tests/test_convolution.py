@@ -91,3 +91,20 @@ def test_convolutions_have_the_gradients_of_direct_ones(name):
 
   for ours, theirs in zip(grad(x, kernel), jax.grad(direct, (0, 1))(x, kernel), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+# Of large kernels minimal filtering, of small ones the direct way over frames as channels.
+@pytest.mark.parametrize("worth", [0, 1_000_000_000])
+@pytest.mark.parametrize(("name", "side", "stride", "shape"), [
+  ("same_in_time", 3, 1, (2, 5, 9, 12, 16)), ("same_in_time", 3, 1, (1, 1, 4, 4, 16)),
+  ("strided_in_time", 7, 2, (2, 9, 15, 20, 3)), ("strided_in_time", 7, 2, (1, 16, 14, 14, 3))])
+def test_convolutions_in_time_are_those_of_xla(name, side, stride, shape, worth, monkeypatch):
+  monkeypatch.setattr(convolution, "_WORTH", worth)
+  rng = np.random.default_rng(0)
+  kernel = rng.standard_normal((side,) * 3 + (shape[-1], 24)) / np.sqrt(side**3 * shape[-1])
+  x, kernel = rng.standard_normal(shape).astype(np.float32), kernel.astype(np.float32)
+  settings = {"window_strides": (stride,) * 3, "padding": "SAME",
+              "dimension_numbers": ("NDHWC", "DHWIO", "NDHWC")}
+  ours = jax.jit(lambda x, kernel: getattr(convolution, name)(x, kernel, **settings))(x, kernel)
+  np.testing.assert_allclose(ours, jax.lax.conv_general_dilated(x, kernel, **settings), rtol=0,
+                             atol=1e-5)

@@ -19,7 +19,6 @@ import tiny_run
 from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
 from videogpt_jax import convert
-from videogpt_jax import evaluate
 from videogpt_jax import flops
 from videogpt_jax import layout
 from videogpt_jax import lora
@@ -32,6 +31,7 @@ from videogpt_jax import telemetry
 from videogpt_jax import train
 from videogpt_jax import weights as weights_lib
 from videogpt_jax.errors import InputError
+from videogpt_jax.evaluation import loss as loss_lib
 
 MATRICES = {"attention": ("q", "kv", "o"), "mlp": ("gate_up", "down")}
 RANK, ALPHA = 3, 6.0
@@ -314,7 +314,7 @@ def test_exported_it_is_the_merged_model(tuned, tmp_path):
 def test_the_held_out_loss_is_that_of_the_merged_model(tuned, tiny):
   c = _tuning(tiny, tuned.parent / "base")
   told = telemetry.read_metrics(tuned / telemetry.METRICS_FILE)[-1]
-  loss = evaluate.held_out_loss(c, [str(tuned)])[str(tuned)]["loss"]
+  loss = loss_lib.held_out_loss(c, [str(tuned)])[str(tuned)]["loss"]
   assert loss == pytest.approx(told["validation/loss"], rel=1e-5)
 
 

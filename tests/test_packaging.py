@@ -39,7 +39,8 @@ def test_training_imports_neither_tensorflow_nor_torch():
 
 @pytest.mark.parametrize("command", [
   "main", "encode", "inspect", "predict", "evaluate", "convert", "benchmarks.convert",
-  "benchmarks.drift", "benchmarks.endless", "benchmarks.input_pipeline", "benchmarks.rollout",
+  "benchmarks.drift", "benchmarks.endless", "benchmarks.input_pipeline", "benchmarks.physics_iq",
+  "benchmarks.rollout",
   "benchmarks.scaling", "benchmarks.train_step"])
 def test_commands_explain_themselves(command):
   result = subprocess.run([sys.executable, "-m", f"videogpt_jax.{command}", "--help"],

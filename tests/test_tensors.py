@@ -132,8 +132,8 @@ def test_damaged_files_are_refused(tmp_path):
     tensors.open_folder(str(tmp_path))
   path = tmp_path / "pytorch_model.bin"
   for damage, message in (
-      (lambda data: data[:-30], "damaged, or written by a PyTorch before"),
-      (lambda data: b"text", "damaged, or written by a PyTorch before"),
+      (lambda data: data[:-30], "damaged, or no file of PyTorch"),
+      (lambda data: b"text", "damaged, or no file of PyTorch"),
       (lambda data: data.replace(b"archive/data/1", b"archive/data/9"), "values of .* missing")):
     torch_files.save(path, ARRAYS)
     path.write_bytes(damage(path.read_bytes()))

@@ -22,6 +22,7 @@ import pytest
 import tiny_run
 from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
+from videogpt_jax import evaluators
 from videogpt_jax import retention
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
@@ -261,7 +262,7 @@ def test_time_of_lost_steps_and_between_processes(finished, tiny, tmp_path, caps
 def test_held_out_loss_is_repeatable(finished, tiny, tmp_path):
   """The same parameters have the same held-out loss, whenever and how often it is taken."""
   run = _open_run(tiny, tmp_path)
-  evaluate = train.Validation(run)
+  evaluate = evaluators.HeldOut(run)
   ema = _find_state(tiny, finished.workdir).ema
   with sharding.use(run.mesh):
     evaluate(1, ema)
@@ -273,9 +274,41 @@ def test_held_out_loss_is_repeatable(finished, tiny, tmp_path):
   assert first["validation/loss"] == pytest.approx(told["validation/loss"], rel=1e-6)
 
 
+def test_scores_of_rollouts_are_those_of_the_predicted_frames(finished, tiny, tmp_path, capsys):
+  """Of the same videos every time, which are rolled out once for the scores and the pictures."""
+  tiny.log.rollouts, tiny.log.videos = 3, 2
+  tiny.log.rollouts_every, tiny.log.videos_every, tiny.train.steps = 4, 6, 15
+  run = _open_run(tiny, tmp_path)
+  ema = _find_state(tiny, finished.workdir).ema
+  held_out, scores, videos = evaluators.of_run(run)
+  due = lambda evaluator: [step for step in range(1, 16) if evaluator.due(step)]
+  assert (due(scores), due(videos), due(held_out)) == ([4, 8, 12, 15], [6, 12, 15], [6, 12, 15])
+  with sharding.use(run.mesh):
+    for step in (4, 12):
+      scores.measure(step, ema)
+    first = scores.measure.rolled_out(12, ema)
+    videos.measure(12, ema)
+  assert videos.measure.rolled_out(12, ema)[1] is first[1]
+  run.writer.close()
+  told = telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE)
+  assert [r["step"] for r in told] == [4, 12]
+  same = lambda r: {name: x for name, x in r.items() if name.startswith("rollout/")}
+  assert same(told[0]) == same(told[1])
+  truth, predicted = (x.astype(np.float64) / 255 for x in first)
+  assert len(truth) == 3
+  error = ((truth - predicted)[:, 2:] ** 2).mean(axis=(0, 2, 3, 4))
+  assert [told[0][f"rollout/mse_by_frame/{i}"] for i in range(2)] == pytest.approx(error.tolist())
+  assert told[0]["rollout/mse"] == pytest.approx(error.mean())
+  copied = ((truth[:, 2:] - truth[:, 1:2]) ** 2).mean()
+  assert told[0]["rollout/mse_copy_last"] == pytest.approx(copied)
+  assert "rollout/psnr_by_frame/1" in told[0] and "rollout/mse_by_frame/2" not in told[0]
+  assert len(list((tmp_path / "videos").glob("rollout_*_12.gif"))) == 2
+  assert re.search(r"step 12 rollouts of 3 videos: MSE 0\.\d+", capsys.readouterr().out)
+
+
 def _open_run(c, workdir):
   source, validation = train.open_data(c)
-  return train.Run(c, str(workdir), config_lib.recipe(c), sharding.make_mesh(c.mesh), source,
+  return evaluators.Run(c, str(workdir), config_lib.recipe(c), sharding.make_mesh(c.mesh), source,
                    validation, telemetry.Writer(workdir))
 
 

@@ -42,6 +42,7 @@ def config(folder):
   c.log.validation_batches = 1
   c.log.videos_every = 12
   c.log.videos = 1
+  c.log.rollouts = 0
   c.sample.history = 2
   c.sample.clip_frames = 2
   c.sample.steps = 2

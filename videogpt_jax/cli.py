@@ -22,7 +22,7 @@ _FIRST_LEAVES_AFTER = 3.0  # seconds
 
 
 def run(main: Callable[[], None], argv: Sequence[str] | None = None, *,
-        computes: bool = False) -> None:
+        define_flags: Callable[[], None] = lambda: None, computes: bool = False) -> None:
   """Parses the absl flags in `argv` (default: the process's) and runs `main`.
 
   Exits with status 2 and no traceback after an `InputError` or a flag that does
@@ -32,6 +32,7 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None, *,
   Args:
     main: what to run, after the flags are parsed.
     argv: the command's name and its arguments.
+    define_flags: defines flags whose definition may raise an `InputError`.
     computes: it computes long enough on a CPU to start with huge pages, see `use_huge_pages`.
   """
   if computes and argv is None:
@@ -45,6 +46,7 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None, *,
     main()
 
   try:
+    define_flags()
     app.run(guarded, argv=list(argv) if argv is not None else None, flags_parser=_parse)
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)

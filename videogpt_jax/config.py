@@ -230,8 +230,10 @@ def _log() -> ConfigDict:
   c.every = 20  # steps between lines
   c.validate_every = 500  # steps between held-out losses
   c.validation_batches = 4
+  c.rollouts_every = 1000  # steps between scores of rollouts
+  c.rollouts = 8  # held-out videos that are rolled out for them; 0: no scores
   c.videos_every = 1000  # steps between rolled-out videos
-  c.videos = 4
+  c.videos = 4  # of the rollouts, shown; 0: none
   c.wandb = ""  # project of Weights & Biases that is shown the same; "": none
   c.profile_at = 0  # first step of a trace; 0: none but what WORKDIR/profile asks for
   c.profile_steps = 5  # steps of a trace
@@ -269,11 +271,11 @@ def validate(config: ConfigDict) -> None:
               "data.frames", "data.prefetch", "data.min_bucket", "train.steps", "train.batch_size",
               "train.accumulation", "train.max_bad_steps", "optimizer.clip_norm",
               "checkpoint.every", "checkpoint.keep", "log.every", "log.validate_every",
-              "log.validation_batches", "log.videos_every", "log.profile_steps", "sample.history",
-              "sample.clip_frames")
+              "log.validation_batches", "log.rollouts_every", "log.videos_every",
+              "log.profile_steps", "sample.history", "sample.clip_frames")
   not_negative = ("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.cooldown_steps",
-                  "optimizer.weight_decay", "data.workers", "log.videos", "log.profile_at",
-                  "sample.window", "train.max_rollbacks", "train.watchdog",
+                  "optimizer.weight_decay", "data.workers", "log.rollouts", "log.videos",
+                  "log.profile_at", "sample.window", "train.max_rollbacks", "train.watchdog",
                   "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.failures")
   for names, fits, wanted in ((positive, lambda x: x > 0, "positive"),
                               (not_negative, lambda x: x >= 0, "at least 0")):

@@ -28,3 +28,11 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
   """Writes JSON as a person reads it; see `replace`."""
   replace(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+  """Makes a folder, and those above it, where missing. Raises `InputError` if it cannot."""
+  try:
+    os.makedirs(path, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"cannot write to {path}: {error.strerror or error}") from error

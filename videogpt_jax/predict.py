@@ -15,7 +15,6 @@ Interrupted, it keeps the clips finished so far; the same command goes on from t
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
-import hashlib
 import os
 import pathlib
 from typing import Any
@@ -81,8 +80,8 @@ def predict(weights: weights_lib.Weights, given: given_lib.Given, request: Reque
     InputError: the folder cannot be written, or holds another interrupted prediction.
     KeyboardInterrupt: `stop` said so; the files hold the clips finished so far.
   """
-  settings = {"weights": weights.path, "parameters": _fingerprint(weights.params),
-              "video": given.name, "given": _digest(given.frames[:given.history]),
+  settings = {"weights": weights.path, "parameters": weights_lib.fingerprint(weights.params),
+              "video": given.name, "given": weights_lib.digest(given.frames[:given.history]),
               "dtype": np.dtype(weights.model.backbone.dtype).name, "history": given.history,
               **_plain(request)}
   clips = finished.Clips(out, settings, restart)
@@ -112,15 +111,6 @@ def _plain(request: Request) -> dict[str, Any]:
   return {**dataclasses.asdict(request), "sampler": dataclasses.asdict(request.sampler),
           "window": dataclasses.asdict(request.window)}
 
-
-def _digest(array: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
-
-
-def _fingerprint(params: Any) -> str:
-  """Of weights, by a row of each parameter: whatever was trained, some of them changed."""
-  rows = [jax.device_get(x[(0,) * (x.ndim - 1)]) for x in jax.tree.leaves(params)]
-  return _digest(np.concatenate([row.astype(np.float32) for row in rows]))
 
 
 # The command ------------------------------------------------------------------------------

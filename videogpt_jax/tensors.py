@@ -190,6 +190,12 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> _Tensor:
   return tensor
 
 
+# What reading a damaged file may raise.
+_UNREADABLE = (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError,
+               IndexError, KeyError, struct.error)
+_OLD_MAGIC = pickle.dumps(0x1950a86a20f9469cfc6c, protocol=2)
+_OLD_VERSION = 1001
+
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -207,13 +213,17 @@ class _Unpickler(pickle.Unpickler):
     return _KNOWN[module, name]
 
   def persistent_load(self, pid: Any) -> Any:
-    kind, storage_type, key, _, elements = pid
+    kind, storage_type, key, _, elements, *views = pid
+    if any(view is not None for view in views):
+      raise pickle.UnpicklingError("it holds views of storages, which are not read")
     if kind != "storage" or not isinstance(storage_type, _StorageType):
       raise pickle.UnpicklingError(f"it holds a reference to {kind!r}, which is not read")
     return key, storage_type.dtype, elements
 
 
 def _open_bin(path: str) -> dict[str, Entry]:
+  if _is_old(path):
+    return _open_old(path)
   try:
     with zipfile.ZipFile(path) as archive:
       pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -226,34 +236,82 @@ def _open_bin(path: str) -> dict[str, Entry]:
         raise InputError(f"{path} was written on a big-endian machine; convert it there")
       places = {info.filename: info for info in archive.infolist()}
   except zipfile.BadZipFile as error:
-    raise InputError(f"{path} is damaged, or written by a PyTorch before 1.6 (load it there and "
-                     f"save it as safetensors): {error}") from error
-  except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError,
-          IndexError, KeyError, struct.error) as error:
+    raise InputError(f"{path} is damaged, or no file of PyTorch's: {error}") from error
+  except _UNREADABLE as error:
     raise InputError(f"{path} cannot be read: {error}") from error
-  if not isinstance(content, dict):
-    raise InputError(f"{path} holds a {type(content).__name__}, not tensors by name")
   entries: dict[str, Entry] = {}
-  for name, tensor in content.items():
-    if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-      raise InputError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
+  for name, tensor in _by_name(path, content).items():
     place = places.get(f"{root}data/{tensor.key}")
     size = tensor.elements * tensor.dtype.itemsize
     if place is None or place.compress_type != zipfile.ZIP_STORED or place.file_size < size:
       raise InputError(f"{path} is damaged: the values of {name} are missing")
-    entries[name] = Entry(functools.partial(_read, path, tensor, place), tensor.shape,
+    entries[name] = Entry(functools.partial(_read_zipped, path, tensor, place), tensor.shape,
                           tensor.dtype)
   return entries
 
 
-def _read(path: str, tensor: _Tensor, place: zipfile.ZipInfo) -> np.ndarray:
-  """The values of one tensor, from the memory-mapped file."""
-  if 0 in tensor.shape:
-    return np.zeros(tensor.shape, tensor.dtype)
+def _by_name(path: str, content: Any) -> dict[str, _Tensor]:
+  if not isinstance(content, dict):
+    raise InputError(f"{path} holds a {type(content).__name__}, not tensors by name")
+  for name, tensor in content.items():
+    if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+      raise InputError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
+  return content
+
+
+# PyTorch's format before 1.6 ----------------------------------------------------------------
+#
+# Pickles one after the other: a magic number, a version, facts of the machine, the object, the
+# keys of its storages. Then each storage, in the order of the keys: its length in 8 bytes, its
+# elements.
+
+
+def _is_old(path: str) -> bool:
+  try:
+    with open(path, "rb") as file:
+      return file.read(len(_OLD_MAGIC)) == _OLD_MAGIC
+  except OSError:
+    return False  # whoever opens it will tell
+
+
+def _open_old(path: str) -> dict[str, Entry]:
+  try:
+    with open(path, "rb") as file:
+      _, version, facts, content, keys = (_Unpickler(file).load() for _ in range(5))
+      if version != _OLD_VERSION or not facts["little_endian"]:
+        raise InputError(f"{path} is of a version or machine that is not read; load it with "
+                         "PyTorch and save it again")
+      tensors = _by_name(path, content)
+      kinds = {tensor.key: tensor for tensor in tensors.values()}
+      starts = {}
+      for key in keys:
+        elements, = struct.unpack("<q", file.read(8))
+        starts[key] = file.tell()
+        if elements != kinds[key].elements:
+          raise ValueError(f"storage {key} has {elements} elements")
+        file.seek(elements * kinds[key].dtype.itemsize, os.SEEK_CUR)
+      if file.tell() > os.path.getsize(path) or kinds.keys() - starts.keys():
+        raise ValueError("values are missing")
+  except InputError:
+    raise
+  except _UNREADABLE as error:
+    raise InputError(f"{path} is damaged or cannot be read: {error}") from error
+  return {name: Entry(functools.partial(_read, path, tensor, starts[tensor.key]), tensor.shape,
+                      tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _read_zipped(path: str, tensor: _Tensor, place: zipfile.ZipInfo) -> np.ndarray:
+  """The values of one tensor, whose storage is a file in a zip file."""
   with open(path, "rb") as file:
     file.seek(place.header_offset)
     name_size, extra_size = struct.unpack("<26xHH", file.read(30))
-  start = place.header_offset + 30 + name_size + extra_size
+  return _read(path, tensor, place.header_offset + 30 + name_size + extra_size)
+
+
+def _read(path: str, tensor: _Tensor, start: int) -> np.ndarray:
+  """The values of one tensor, from the memory-mapped file, where its storage starts at `start`."""
+  if 0 in tensor.shape:
+    return np.zeros(tensor.shape, tensor.dtype)
   storage = np.memmap(path, np.uint8, "r", start, (tensor.elements * tensor.dtype.itemsize,))
   values = storage.view(tensor.dtype)[tensor.offset:]
   strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]

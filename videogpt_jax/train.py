@@ -2,7 +2,7 @@
 
 Order of a run: configuration checked, data opened, state found (resume > init from >
 scratch), then for every step: next batch, one train step, metrics of the step before
-fetched; and at their cadence a log line, the held-out loss, rolled-out videos, a
+fetched; and at their cadence a log line, the evaluators (`videogpt_jax.evaluators`), a
 checkpoint. The data position is the step, so a resumed run continues bit for bit.
 
 Each of these stands in a `with` block of the log, which knows the time that it took
@@ -15,7 +15,6 @@ import dataclasses
 import math
 from typing import Any
 
-from absl import logging
 from flax import traverse_util
 import jax
 from ml_collections import ConfigDict
@@ -27,7 +26,7 @@ from videogpt_jax import checkpoint
 from videogpt_jax import codec as codec_lib
 from videogpt_jax import config as config_lib
 from videogpt_jax import distributed
-from videogpt_jax import held_out
+from videogpt_jax import evaluators as evaluators_lib
 from videogpt_jax import recovery
 from videogpt_jax import retention
 from videogpt_jax import sharding
@@ -38,32 +37,9 @@ from videogpt_jax import watchdog
 from videogpt_jax import weights as weights_lib
 from videogpt_jax.data import pipeline
 from videogpt_jax.data import store
-from videogpt_jax.data import video
 from videogpt_jax.errors import InputError
 from videogpt_jax.telemetry import goodput
 from videogpt_jax.telemetry import mirror
-
-
-@dataclasses.dataclass
-class Run:
-  """What the parts of the loop share."""
-
-  config: ConfigDict
-  workdir: str
-  recipe: step_lib.Recipe
-  mesh: jax.sharding.Mesh
-  source: pipeline.Mixture
-  validation: pipeline.Mixture
-  writer: telemetry.Writer | telemetry.Silent
-  base: base_lib.Base | None = None
-  held_out: tuple[int, float] = (-1, 0.0)  # the last held-out loss, and the step it is of
-
-  def extra(self, step: int) -> dict[str, Any]:
-    """What is saved beside the state of a step."""
-    measured, loss = self.held_out
-    base = {} if self.base is None else {"base": self.base.record()}
-    return {"config": self.config.to_dict(), "fingerprint": self.source.fingerprint,
-            checkpoint.HELD_OUT: loss if measured == step else None, **base}
 
 
 def train(config: ConfigDict, workdir: str) -> int:
@@ -90,13 +66,14 @@ def train(config: ConfigDict, workdir: str) -> int:
     with contextlib.closing(telemetry.open_writer(
         workdir, start + 1, project=config.log.wandb, name=config.name,
         settings=config.to_dict())) as writer:
-      run = Run(config, workdir, recipe, mesh, source, validation, writer, base)
+      run = evaluators_lib.Run(config, workdir, recipe, mesh, source, validation, writer, base)
       with sharding.use(mesh), distributed.stopping() as stop, _log(run, account, start) as log:
         return _loop(run, state, start, checkpoints, stop, log)
 
 
 @contextlib.contextmanager
-def _log(run: Run, account: goodput.Account, start: int) -> Iterator[train_log.TrainLog]:
+def _log(run: evaluators_lib.Run, account: goodput.Account, start: int
+         ) -> Iterator[train_log.TrainLog]:
   """The log of the loop, under the watchdog's eyes."""
   settings = run.config.train
   action = settings.watchdog_action
@@ -110,11 +87,12 @@ def _log(run: Run, account: goodput.Account, start: int) -> Iterator[train_log.T
       start=start)))
 
 
-def _loop(run: Run, state: step_lib.TrainState, start: int, checkpoints: checkpoint.Checkpoints,
-          stop: Callable[[int], bool], log: train_log.TrainLog) -> int:
+def _loop(run: evaluators_lib.Run, state: step_lib.TrainState, start: int,
+          checkpoints: checkpoint.Checkpoints, stop: Callable[[int], bool],
+          log: train_log.TrainLog) -> int:
   steps = run.config.train.steps
   train_step = step_lib.compile_step(run.recipe, run.mesh)
-  evaluators = (Validation(run), Videos(run))
+  evaluators = evaluators_lib.of_run(run)
   recover = recovery.Recovery(run.recipe, run.mesh, checkpoints, run.config.train)
   done, stopped = start, False
   with contextlib.closing(training_batches(run, start)) as batches:
@@ -134,7 +112,7 @@ def _loop(run: Run, state: step_lib.TrainState, start: int, checkpoints: checkpo
           state = recover(state, log)
       for evaluator in due:
         with log.aside(goodput.EVALUATION):
-          evaluator(done, state.shown)
+          evaluator.measure(done, state.shown)
       if save and not log.skipped:
         with log.aside(goodput.CHECKPOINT):
           checkpoints.save(done, state, run.extra(done))
@@ -311,7 +289,7 @@ def initial_params(source: str | weights_lib.Source, recipe: step_lib.Recipe, wa
     array.astype(places[name].dtype, copy=False), places[name].sharding))
 
 
-def training_batches(run: Run, start: int) -> Generator[pipeline.Batch, None, None]:
+def training_batches(run: evaluators_lib.Run, start: int) -> Generator[pipeline.Batch, None, None]:
   """Batches from step `start` on, already on the devices."""
   data, batch_size = run.config.data, run.config.train.batch_size
   rows = sharding.rows(run.mesh)
@@ -320,70 +298,3 @@ def training_batches(run: Run, start: int) -> Generator[pipeline.Batch, None, No
     seed=run.config.seed, start_step=start, workers=data.workers, prefetch=data.prefetch,
     rows=pipeline.local_rows(rows, batch_size))
   return pipeline.to_device(host_batches, rows, data.prefetch, batch_size)
-
-
-# At a cadence -----------------------------------------------------------------------------
-
-
-class Validation:
-  """Loss on held-out videos, every time the same ones with the same noise."""
-
-  def __init__(self, run: Run):
-    self._run = run
-    self._loss = held_out.Loss(run.config, run.recipe, run.mesh, run.validation)
-
-  def due(self, step: int) -> bool:
-    """Whether to run after `step` steps."""
-    return step % self._run.config.log.validate_every == 0 or step == self._run.config.train.steps
-
-  def __call__(self, step: int, params: Any) -> None:
-    values = {f"validation/{name}": value for name, value in self._loss(params).items()}
-    self._run.held_out = step, values["validation/loss"]
-    self._run.writer.scalars(step, values)
-    self._run.writer.say(f"step {step} held-out loss {values['validation/loss']:.5f}")
-
-
-class Videos:
-  """Rolls out held-out videos and shows them beside the truth.
-
-  Training needs no autoencoder, videos do: without one, a warning takes their place.
-  """
-
-  def __init__(self, run: Run):
-    self._run = run
-    self._count = min(run.config.log.videos, len(run.validation))
-    if self._count:
-      try:
-        run.recipe.codec.prepare()
-      except InputError as error:
-        self._count = 0
-        logging.warning("no videos will be shown: %s; set --config.codec.path, or "
-                        "--config.log.videos=0", error)
-    self._count = distributed.smallest(self._count)  # a rollout takes all processes
-
-  def due(self, step: int) -> bool:
-    """Whether to run after `step` steps."""
-    config = self._run.config
-    last = step == config.train.steps
-    return bool(self._count) and (step % config.log.videos_every == 0 or last)
-
-  def __call__(self, step: int, params: Any) -> None:
-    run, sample = self._run, self._run.config.sample
-    frames = run.config.data.frames
-    count = self._count
-    rows = next(pipeline.batches(
-      run.validation, frames=frames, interval=tuple(run.config.data.interval), batch_size=count,
-      seed=run.config.seed))
-    codec = run.recipe.codec
-    truth = codec.decode(rows.latents)
-    model = weights_lib.Weights(run.recipe.model, params, codec, run.config.to_dict(), run.workdir,
-                                run.mesh)
-    new = model.continue_video(truth[:, :sample.history], frames - sample.history,
-                               rng=jax.random.key(run.config.seed))
-    predicted = np.concatenate([truth[:, :sample.history], new], axis=1)
-    scale = max(1, 128 // truth.shape[2])
-    for i in range(count):
-      columns = {"truth": truth[i], "prediction": predicted[i]}
-      shown = video.side_by_side(columns, scale=scale, history=sample.history)
-      path = run.writer.video(step, f"rollout_{i}", shown, fps=8.0)
-    run.writer.say(f"step {step} wrote {count} rollouts like {path}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import time
@@ -310,3 +311,21 @@ def parameters(source: Source, place: Callable[[str, np.ndarray], Any]) -> dict[
   found = {name: place(name, leaf.read(np.float32)) for name, leaf in source.leaves.items()}
   return traverse_util.unflatten_dict(found, sep="/")
 
+
+def fingerprint(params: Any) -> str:
+  """Of weights, by a row of each parameter: whatever was trained, some of them changed."""
+  rows = [np.asarray(distributed.everywhere(x[(0,) * (x.ndim - 1)]))
+          for x in jax.tree.leaves(params)]
+  return digest(np.concatenate([row.astype(np.float32) for row in rows]))
+
+
+def identity(weights: Weights) -> dict[str, Any]:
+  """JSON-able, what decides how weights predict, noise apart."""
+  return {"checkpoint": weights.path, "parameters": fingerprint(weights.params),
+          "dtype": np.dtype(weights.model.backbone.dtype).name,
+          "sampler": dict(weights.config["sample"])}
+
+
+def digest(array: np.ndarray) -> str:
+  """Of the bytes of an array: equal arrays of one type and shape have equal ones."""
+  return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]

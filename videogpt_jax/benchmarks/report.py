@@ -20,14 +20,18 @@ def finish(result: Mapping[str, Any], out: str, default: str) -> None:
     out: file to write; "" the default one, "-" none.
     default: name of the file in benchmarks/results.
   """
-  result = {**result, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "commit": _commit()}
+  result = {**result, **stamp()}
   if out != "-":
     path = pathlib.Path(out or RESULTS / default)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, result)
     print(f"wrote {path}")
   print(json.dumps(result))
+
+
+def stamp() -> dict[str, str]:
+  """Day and commit."""
+  return {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": _commit()}
 
 
 def _commit() -> str:

@@ -36,7 +36,7 @@ _V5P = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4
         512: "8x8x8", 1024: "8x8x16"}
 _BATCH_SHARDS = 64
 _FSDP = 8
-_COLUMNS = ("topology", "data x fsdp x sequence", "microbatches", "memory, GiB", "step, s", "MFU",
+_COLUMNS = ("topology", "data x fsdp x sequence", "microbatches", "remat", "memory, GiB", "step, s", "MFU",
             "sent by a chip, GB", "compiled in, s")
 
 
@@ -72,6 +72,7 @@ def row(config: ConfigDict, where: topology_lib.Topology) -> dict[str, Any]:
   return {
     "config": config.name, "topology": where.name, "chips": where.count, "mesh": facts.mesh,
     "accumulation": facts.accumulation, "attention": facts.attention,
+    "remat": facts.remat,
     "memory": {**dataclasses.asdict(facts.memory), "total": facts.memory.total,
                "fits": dry_run.fits(facts, where.chip)[0]},
     "flops_needed": facts.cost.total, "needed_tokens": facts.cost.tokens,
@@ -79,7 +80,7 @@ def row(config: ConfigDict, where: topology_lib.Topology) -> dict[str, Any]:
     "collectives": traffic.by_kind() if traffic else None,
     "estimate": found and {**dataclasses.asdict(found), "shortest": found.shortest,
                            "longest": found.longest},
-    "compile_seconds": facts.compile_seconds}
+    "compile_seconds": facts.compile_seconds, **report.stamp()}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -90,7 +91,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     sent = sum(sent for _, sent in (each["collectives"] or {}).values())
     cells = [
       each["topology"], " x ".join(str(mesh[axis]) for axis in ("data", "fsdp", "sequence")),
-      each["accumulation"],
+      each["accumulation"], each["remat"],
       f"{memory['total'] / 2**30:.1f}" + ("" if memory["fits"] else ", does not fit"),
       f"{found['shortest']:.2f} to {found['longest']:.2f}" if found else "",
       f"{found['mfu'][0]:.0%} to {found['mfu'][1]:.0%}" if found else "",

@@ -382,15 +382,27 @@ def resize_and_crop(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: in
 
 def _resize_and_crop(frame: UInt8[np.ndarray, "H W 3"], height: int, width: int
                      ) -> UInt8[np.ndarray, "h w 3"]:
-  picture = Image.fromarray(frame)
-  while min(picture.size) >= 2 * max(height, width):
-    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+  picture = _halved(frame, height, width)
   factor = max(height / picture.height, width / picture.width)
   covered = (max(width, round(picture.width * factor)), max(height, round(picture.height * factor)))
   if picture.size != covered:
     picture = picture.resize(covered, Image.Resampling.BICUBIC)
   top, left = (covered[1] - height) // 2, (covered[0] - width) // 2
   return np.asarray(picture)[top:top + height, left:left + width]
+
+
+def stretch(frame: UInt8[np.ndarray, "H W 3"], height: int, width: int
+            ) -> UInt8[np.ndarray, "h w 3"]:
+  """Scales a frame to `height` x `width` px, all of it, changing proportions; else as above."""
+  picture = _halved(frame, height, width)
+  return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _halved(frame: UInt8[np.ndarray, "H W 3"], height: int, width: int) -> Image.Image:
+  picture = Image.fromarray(frame)
+  while min(picture.size) >= 2 * max(height, width):
+    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+  return picture
 
 
 def enlarge(frames: UInt8[np.ndarray, "T H W 3"], scale: int) -> UInt8[np.ndarray, "T sH sW 3"]:

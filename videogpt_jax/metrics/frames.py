@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from jaxtyping import Float, UInt8
 import numpy as np
-from skimage import metrics as skimage_metrics
 
 from videogpt_jax.errors import InputError
 
@@ -38,6 +37,17 @@ def psnr(
     InputError: the shapes differ or the frames are not uint8 RGB.
   """
   return psnr_from_mse(mse(predicted, truth))
+
+
+def psnr_of_video(
+  predicted: UInt8[np.ndarray, "*lead T H W 3"], truth: UInt8[np.ndarray, "*lead T H W 3"]
+) -> Float[np.ndarray, "*lead"]:
+  """PSNR in dB of whole videos: of the mean MSE of their frames, not the mean of their PSNRs.
+
+  Raises:
+    InputError: the shapes differ or the frames are not uint8 RGB.
+  """
+  return psnr_from_mse(mse(predicted, truth).mean(axis=-1))
 
 
 def psnr_from_mse(error: Float[np.ndarray, "*lead"]) -> Float[np.ndarray, "*lead"]:
@@ -77,6 +87,8 @@ def _mse_of_frame(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _ssim_of_frame(predicted: np.ndarray, truth: np.ndarray) -> float:
+  from skimage import metrics as skimage_metrics  # an extra: training does without it
+
   return skimage_metrics.structural_similarity(
     truth.astype(np.float64),
     predicted.astype(np.float64),

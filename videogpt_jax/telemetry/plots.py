@@ -28,7 +28,7 @@ def plot_losses(
   Raises:
     InputError: no training loss in the file, or matplotlib is not installed.
   """
-  fig = _figure((7, 4))
+  fig = figure((7, 4))
   records = records_lib.read_metrics(metrics)
   axes = fig.add_subplot()
   for name, label, marker in ((train, "train", ""), (validation, "held out", "o")):
@@ -40,7 +40,7 @@ def plot_losses(
   axes.set(xlabel="step", ylabel="loss", yscale="log")
   axes.grid(True, which="both", alpha=0.3)
   axes.legend()
-  _save_figure(fig, png)
+  save(fig, png)
 
 
 def plot_held_out(losses: Mapping[str, Mapping[str, float]], png: str | pathlib.Path) -> None:
@@ -53,7 +53,7 @@ def plot_held_out(losses: Mapping[str, Mapping[str, float]], png: str | pathlib.
   Raises:
     InputError: matplotlib is not installed.
   """
-  fig = _figure((11, 4))
+  fig = figure((11, 4))
   axes = fig.subplots(1, 3, sharey=True)
   names = [pathlib.PurePath(name).name for name in losses]
   if len(set(names)) < len(names):
@@ -72,18 +72,24 @@ def plot_held_out(losses: Mapping[str, Mapping[str, float]], png: str | pathlib.
   for panel in axes:
     panel.grid(True, which="both", alpha=0.3)
   axes[2].legend()
-  _save_figure(fig, png)
+  save(fig, png)
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def figure(size: tuple[float, float]) -> Any:
+  """An empty figure of matplotlib's, of a size in inches.
+
+  Raises:
+    InputError: matplotlib is not installed.
+  """
   try:
-    from matplotlib import figure  # an extra: training does without it
+    from matplotlib.figure import Figure  # an extra: training does without it
   except ImportError as error:
-    raise InputError("plots need matplotlib: pip install 'videogpt_jax[demo]'") from error
-  return figure.Figure(figsize=size, layout="constrained")
+    raise InputError("plots need matplotlib: pip install 'videogpt_jax[eval]'") from error
+  return Figure(figsize=size, layout="constrained")
 
 
-def _save_figure(fig: Any, png: str | pathlib.Path) -> None:
+def save(fig: Any, png: str | pathlib.Path) -> None:
+  """Writes a figure as a PNG, atomically; its folder is made."""
   buffer = io.BytesIO()
   fig.savefig(buffer, format="png", dpi=120)
   path = pathlib.Path(png)

@@ -1,0 +1,186 @@
+"""FVD of videos: what the network sees, and whole evaluations with and without a model."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from scipy import ndimage
+
+import tiny_run
+from videogpt_jax import weights as weights_lib
+from videogpt_jax.data import load
+from videogpt_jax.data import video
+from videogpt_jax.data import windows
+from videogpt_jax.errors import InputError
+from videogpt_jax.evaluation import fvd as evaluation
+from videogpt_jax.evaluation import report as report_lib
+from videogpt_jax.metrics import frechet
+from videogpt_jax.metrics import fvd
+from videogpt_jax.metrics import i3d
+
+FRAMES = i3d.MIN_FRAMES  # the shortest window, for speed
+
+
+@pytest.fixture(scope="module")
+def extractor():
+  return fvd.Extractor(batch=2)
+
+
+def _videos(count, size=(24, 32), seed=0):
+  """Smooth moving patterns."""
+  rng = np.random.default_rng(seed)
+  field = rng.standard_normal((count, FRAMES, *size, 3))
+  field = ndimage.gaussian_filter(field, (0, 1, 4, 4, 0))
+  return np.uint8(np.clip(field / field.std() * 50 + 128, 0, 255))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (300, 224)])
+@pytest.mark.parametrize("resize", fvd.RESIZES)
+def test_fvd_preprocessing_is_bilinear_without_smoothing(resize, size):
+  frames = np.random.default_rng(0).integers(0, 256, (1, 1, *size, 3), np.uint8)
+  shift = 0.5 if resize == "half_pixel" else 0.0
+  at = [(np.arange(224) + shift) * side / 224 - shift for side in size]
+  grid = np.meshgrid(*at, indexing="ij")
+  expected = np.stack([ndimage.map_coordinates(frames[0, 0, ..., c].astype(float), grid, order=1,
+                                               mode="nearest") for c in range(3)], axis=-1)
+  found = jax.jit(fvd.preprocess, static_argnums=1)(frames, resize)
+  np.testing.assert_allclose(found[0, 0], expected / 127.5 - 1, rtol=0, atol=2e-5)
+
+
+def test_fvd_features_do_not_depend_on_their_batch(extractor):
+  videos = _videos(3)
+  together = extractor(videos)
+  assert together.shape == (3, 400) and together.dtype == np.float32
+  np.testing.assert_array_equal(together[:2], extractor(videos[:2]))
+  np.testing.assert_allclose(extractor(videos[1:2]), together[1:2], rtol=0, atol=1e-4)
+
+
+def test_fvd_grows_with_the_damage(extractor):
+  real, rng = _videos(2), np.random.default_rng(1)
+  noisy = lambda amount: np.uint8(np.clip(real + rng.normal(0, amount, real.shape), 0, 255))
+  truth, little, much = map(extractor.statistics, (real, noisy(10), noisy(60)))
+  assert 1 < frechet.distance(truth, little) < frechet.distance(truth, much) / 2
+
+
+def test_fvd_refuses_videos_that_do_not_compare(extractor):
+  real = _videos(2)
+  with pytest.raises(InputError, match="9 frames, generated ones 12"):
+    fvd.distance(extractor, real, np.repeat(real, 2, axis=1)[:, :12])
+  with pytest.raises(InputError, match="24x32 px, generated ones of 16x32 px"):
+    fvd.distance(extractor, real, real[:, :, :16])
+  with pytest.raises(InputError, match="too short for I3D"):
+    extractor(real[:, :8])
+  with pytest.raises(InputError, match="uint8"):
+    extractor(real.astype(np.float32))
+
+
+def test_fvd_windows_are_drawn_by_name_and_cover_the_video(tmp_path):
+  frames = np.repeat(np.arange(40, dtype=np.uint8)[:, None, None, None] * 6, 16, axis=1)
+  frames = np.broadcast_to(frames, (40, 16, 16, 3))
+  for name in map(str, range(12)):
+    video.write_mp4(tmp_path / f"{name}.mp4", frames, 8, lossless=True)
+  read = windows.Files(tmp_path, frames=5, interval=3, drawn=True)
+  found = [read(load.Segment(f"{i}.mp4"), lambda: None) for i in range(12)]
+  starts = [int(x.frames[0, 0, 0, 0]) // 6 for x in found]
+  assert len(set(starts)) > 5 and min(starts) >= 0 and max(starts) <= 40 - 13
+  for start, x in zip(starts, found, strict=True):
+    np.testing.assert_array_equal(x.frames, frames[start:start + 13:3])
+    assert x.fps == pytest.approx(8 / 3)
+  again = read(load.Segment("3.mp4"), lambda: None)
+  np.testing.assert_array_equal(again.frames, found[3].frames)
+  with pytest.raises(InputError, match=r"too short: 40 frames.*has 41"):
+    windows.Files(tmp_path, frames=41)(load.Segment("0.mp4"), lambda: None)
+
+
+# Whole evaluations, of cheap features -----------------------------------------------------
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+  """In place of I3D: a projection of what it would see. The extractor that evaluations make."""
+
+  @functools.partial(jax.jit, static_argnums=(2, 3))
+  def features(params, videos, layer, resize):
+    x = fvd.preprocess(videos, resize)[:, :, ::16, ::16].reshape(len(videos), -1)
+    return x @ jax.random.normal(jax.random.key(0), (x.shape[1], i3d.FEATURES[layer]))
+
+  monkeypatch.setattr(i3d, "load", lambda path, sha256: {})
+  monkeypatch.setattr(fvd, "_features", features)
+  return fvd.Extractor()
+
+
+def _write(folder, videos):
+  folder.mkdir()
+  for i, frames in enumerate(videos):
+    video.write_mp4(folder / f"{i}.mp4", frames, 8, lossless=True)
+  return str(folder)
+
+
+def _options(**changes):
+  return evaluation.Options(**{"frames": FRAMES, "processes": 1, "batch_size": 2, **changes})
+
+
+def test_fvd_of_two_folders_goes_on_where_it_was_cut_short(tmp_path, cheap, monkeypatch):
+  real, made = _videos(3), _videos(4, seed=5)
+  options = _options(videos_dir=_write(tmp_path / "real", real),
+                     generated=_write(tmp_path / "made", made))
+  report = evaluation.run(None, tmp_path / "out", options)
+  expected = fvd.distance(cheap, real, made)
+  assert report.summary["fvd"] == pytest.approx(expected, rel=1e-4)
+  assert "only 3 samples of 400 features" in report.summary["caution"]
+  report_lib.write(report, tmp_path / "out")
+  assert json.loads((tmp_path / "out" / "results.json").read_text())["summary"]["videos"] == 3
+  assert frechet.load(tmp_path / "out" / "statistics" / "generated.npz").count == 4
+  # All is there: nothing is decoded or computed again, bit by bit the same distance.
+  (tmp_path / "out" / "items" / "generated%2F00001.json").unlink()
+  computed = []
+  original = fvd.Extractor.__call__
+  monkeypatch.setattr(fvd.Extractor, "__call__",
+                      lambda self, x: computed.append(len(x)) or original(self, x))
+  again = evaluation.run(None, tmp_path / "out", options)
+  assert computed == [2] and again.summary == report.summary
+  with pytest.raises(InputError, match=r"another evaluation.*--restart"):
+    evaluation.run(None, tmp_path / "out", _options(
+      videos_dir=options.videos_dir, generated=options.videos_dir))
+
+
+def test_fvd_refuses_folders_that_do_not_compare(tmp_path, cheap):
+  real = _write(tmp_path / "real", _videos(2))
+  small = _write(tmp_path / "small", _videos(2, size=(16, 32)))
+  short = _write(tmp_path / "short", _videos(2)[:, :5])
+  with pytest.raises(InputError, match=r"mixed resolutions: .*24x32 px, another of 16x32 px"):
+    evaluation.run(None, tmp_path / "a", _options(videos_dir=real, generated=small))
+  with pytest.raises(InputError, match=r"2 generated videos cannot be used.*too short: 5 frames"):
+    evaluation.run(None, tmp_path / "b", _options(videos_dir=real, generated=short))
+  with pytest.raises(InputError, match=r"has 2 videos, the protocol ucf101_2048 takes 2048"):
+    evaluation.run(None, tmp_path / "c", evaluation.Options(
+      protocol="ucf101_2048", videos_dir=real, generated=real))
+  with pytest.raises(InputError, match="give --videos_dir"):
+    evaluation.run(None, tmp_path / "d", _options(generated=real))
+
+
+def test_fvd_of_a_model_by_seed(tmp_path, cheap):
+  weights = weights_lib.load()
+  with pytest.raises(InputError, match=r"made from nothing.*--history=N"):
+    evaluation.run(weights, tmp_path, evaluation.Options(protocol="ucf101_2048"))
+  options = _options(videos=2, seeds=(0, 3))
+  report = evaluation.run(weights, tmp_path / "out", options)
+  by_set = report.summary["fvd_by_set"]
+  assert list(by_set) == ["seed_0", "seed_3"] and by_set["seed_0"] != by_set["seed_3"]
+  assert report.summary["fvd"] == pytest.approx(np.mean(list(by_set.values())))
+  assert report.summary["fvd_deviation"] == pytest.approx(np.std(list(by_set.values()), ddof=1))
+  # The predictions begin with what was given, so they are nearer to the truth than noise is.
+  row = report.videos[0]
+  truth, made = (video.read(row.files[name]).frames for name in ("real", "seed_0"))
+  history = weights.config["sample"]["history"]
+  assert np.abs(truth[:history].astype(int) - made[:history]).mean() < 2
+  assert np.abs(truth[history:].astype(int) - made[history:]).max() > 30
+
+
+def test_fvd_command_says_what_is_missing(tmp_path):
+  result = tiny_run.run("evaluate", "--benchmark=fvd", f"--i3d={tmp_path / 'none'}", "--videos=2",
+                        f"--out={tmp_path}")
+  assert result.returncode == 2, result.stderr
+  assert "no weights of I3D" in result.stderr and "Traceback" not in result.stderr

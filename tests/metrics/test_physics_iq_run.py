@@ -1,0 +1,180 @@
+"""A whole Physics-IQ run: what is written, what is taken up again, and that nothing is stale."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from videogpt_jax.data import video
+from videogpt_jax.data import world
+from videogpt_jax.errors import InputError
+from videogpt_jax.evaluation import physics_iq
+from videogpt_jax.evaluation import physics_mini
+from videogpt_jax.metrics.physics_iq import protocol as protocol_lib
+from videogpt_jax.metrics.physics_iq import scores
+from videogpt_jax.metrics.physics_iq.protocol import Protocol
+
+PROTOCOL = Protocol(fps=8, conditioning_s=0.5, prediction_s=1.0, scenarios=2)
+WORLD = world.Settings(size=32, frames=12, objects=(1, 1), speed=(2.0, 2.5))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data") / "physics-IQ-benchmark"
+  physics_mini.write_dataset(WORLD, PROTOCOL, folder, seed=0)
+  return folder
+
+
+def _perfect(data, folder):
+  """The second takes, as if somebody had generated them."""
+  folder.mkdir()
+  takes = sorted((data / "split-videos/testing/8FPS").iterdir())[6:]
+  for number, path in enumerate(takes, start=1):
+    shutil.copyfile(path, folder / f"{number:04d}_take2.mp4")
+  return folder
+
+
+class Copies:
+  """Copies the last frame, and counts."""
+
+  def __init__(self, fail_at=None):
+    self.calls, self.shapes, self._fail_at = 0, set(), fail_at
+
+  def predict(self, frames, count, rng):
+    if self.calls == self._fail_at:
+      raise RuntimeError("the machine went down")
+    self.calls += 1
+    self.shapes.add(frames.shape)
+    return physics_mini.copy_last(frames, count, rng)
+
+  def predictor(self, name="copies"):
+    return physics_iq.Predictor(name, {"checkpoint": name}, self.predict, lambda h, w: (48, 64))
+
+
+def _options(data, **changes):
+  return physics_iq.Options(data=str(data), protocol=PROTOCOL, workers=1, **changes)
+
+
+def test_writes_what_the_official_script_takes(data, tmp_path):
+  copies = Copies()
+  found = physics_iq.measure(copies.predictor(), tmp_path, _options(data))
+  assert copies.shapes == {(4, 4, 48, 64, 3)}  # six videos: one batch and a half
+  videos = sorted((tmp_path / "copies").iterdir())
+  views = protocol_lib.VIEWS
+  assert [path.name for path in videos] == [
+    f"{3 * scene + i + 1:04d}_perspective-{view}_trimmed-scene-{scene}.mp4"
+    for scene in range(2) for i, view in enumerate(views)]
+  for path in videos:
+    seconds, fps, height, width = video.read_header(path)
+    assert abs(seconds - 1.0) < 1e-3 and fps == 8 and (height, width) == (48, 64)
+    capture = cv2.VideoCapture(str(path))
+    assert capture.get(cv2.CAP_PROP_FPS) == 8
+    assert sum(1 for _ in iter(lambda capture=capture: capture.read()[0], False)) == 8
+  assert scores.read(tmp_path / "results" / "copies.csv") == found.rows
+  assert all(value == 0 for rows in found.rows.values() for view in rows.values()
+             for name, value in view.items() if name == "spatial_iou_v1")  # copies do not move
+  assert found.score.variance["spatial"] > 0.5
+
+
+def test_five_seconds_at_every_rate(tmp_path):
+  for fps in protocol_lib.RATES:
+    path = tmp_path / f"{fps}.mp4"
+    frames = Protocol(fps=fps).prediction_frames
+    video.write_mp4(path, np.zeros((frames, 16, 16, 3), np.uint8), fps)
+    assert abs(video.read_header(path)[0] - 5) < 1e-3
+
+
+def test_goes_on_and_is_never_stale(data, tmp_path):
+  own, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+  with pytest.raises(RuntimeError):
+    physics_iq.measure(Copies(fail_at=1).predictor(), out, _options(own))
+  (out / "copies" / ".half.mp4.tmp").touch()
+  second = Copies()
+  first = physics_iq.measure(second.predictor(), out, _options(own))
+  assert second.calls == 1  # the first of the two batches was there
+  assert not list((out / "copies").glob(".*"))
+  written = {path: path.stat().st_mtime_ns for path in (out / "items").iterdir()}
+  third = Copies()
+  assert physics_iq.measure(third.predictor(), out, _options(own)).rows == first.rows
+  assert third.calls == 0
+  assert written == {path: path.stat().st_mtime_ns for path in (out / "items").iterdir()}
+  # Another real video under the same name: that view is scored again.
+  real = own / "split-videos/testing/8FPS"
+  names = sorted(path.name for path in real.iterdir())
+  shutil.copyfile(real / names[5], real / names[0])
+  changed = physics_iq.measure(third.predictor(), out, _options(own)).rows
+  assert third.calls == 0
+  assert [(scene, view) for scene in first.rows for view in first.rows[scene]
+          if first.rows[scene][view] != changed[scene][view]] == [("trimmed-scene-0", "left")]
+  # A generated video that is no longer what was written is predicted again.
+  (out / "copies" / "0005_perspective-center_trimmed-scene-1.mp4").write_bytes(b"broken")
+  physics_iq.measure(third.predictor(), out, _options(own))
+  assert third.calls == 1
+  with pytest.raises(InputError, match="another evaluation: checkpoint copies"):
+    physics_iq.measure(Copies().predictor("others"), out, _options(own))
+
+
+def test_videos_of_somebody_else_and_shipped_masks(data, tmp_path):
+  own = shutil.copytree(data, tmp_path / "data")
+  folder = tmp_path / "others"
+  folder.mkdir()
+  takes = sorted((own / "split-videos/testing/8FPS").iterdir())[:6]
+  for number, path in enumerate(takes, start=1):
+    shutil.copyfile(path, folder / f"{number:04d}_anything.mp4")
+  options = _options(own, generated=str(folder))
+  one = physics_iq.measure(None, tmp_path / "one", options)
+  assert one.model == "others" and one.score.score == 100 and one.shipped == 0
+  two = physics_iq.measure(None, tmp_path / "two", dataclasses.replace(options, workers=2))
+  assert two.rows == one.rows
+  shutil.copyfile(folder / "0004_anything.mp4", folder / "0001_anything.mp4")
+  again = physics_iq.measure(None, tmp_path / "one", options)  # the same folder, another video
+  assert again.rows["trimmed-scene-0"]["left"] != one.rows["trimmed-scene-0"]["left"]
+  mask = own / "video-masks/real/8FPS/0002_video-masks_8FPS_perspective-center_take-1_"
+  mask = pathlib.Path(f"{mask}trimmed-scene-0.mp4")
+  mask.parent.mkdir(parents=True)
+  video.write_mp4(mask, np.zeros((8, 128, 128, 3), np.uint8), 8)
+  shipped = physics_iq.measure(None, tmp_path / "one", options)
+  assert shipped.shipped == 1
+  assert shipped.rows["trimmed-scene-0"]["center"]["spatial_iou_v1"] == 0
+  made = physics_iq.measure(None, tmp_path / "one", dataclasses.replace(
+    options, masks=physics_iq.LOSSLESS))
+  assert made.rows == again.rows
+
+
+def test_command(data, tmp_path):
+  folder = _perfect(data, tmp_path / "perfect")
+
+  def run(*arguments):
+    return subprocess.run(
+      [sys.executable, "-m", "videogpt_jax.evaluate", "--benchmark=physics_iq", *arguments,
+       f"--out={tmp_path / 'out'}"], capture_output=True, text=True, check=False)
+
+  refused = run(f"--data={data}", f"--generated={folder}", "--scenarios=2", "--check")
+  assert refused.returncode == 2 and "lasts 1.000 s, not 5 s" in refused.stderr
+  done = run(f"--data={data}", f"--generated={folder}", "--scenarios=2", "--prediction_s=1",
+             "--workers=1")
+  assert done.returncode == 0, done.stderr
+  assert re.search(r"^perfect .* 100 .*measured", done.stdout, re.MULTILINE)
+  assert (tmp_path / "out" / "report.html").exists()
+  assert scores.score(scores.read(tmp_path / "out" / "results" / "perfect.csv")).score == 100
+
+
+def test_report(data, tmp_path):
+  folder = _perfect(data, tmp_path / "perfect")
+  report = physics_iq.run(None, tmp_path / "out", _options(data, generated=str(folder)))
+  assert report.tables[0].rows[0] == ("perfect", "0.5 s, 8 frames/s", 100.0, "measured")
+  assert "not the 66" in report.tables[0].note and "lossless" in report.tables[0].note
+  assert [table.title for table in report.tables[1:]] == [
+    "What the score is made of", "By category", "By scenario"]
+  assert len(report.videos) == 6
+  for row in report.videos:
+    assert row.files.keys() == {"truth", "prediction", "motion"}
+    assert all(len(video.read(path).frames) == 8 for path in row.files.values())
+  json.dumps(report.summary)

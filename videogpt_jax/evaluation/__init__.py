@@ -1,0 +1,1 @@
+"""Benchmarks: what runs them, and the reports they leave."""

@@ -1,0 +1,137 @@
+"""Results of a benchmark item by item, on disk: what was cut short goes on where it was.
+
+    FOLDER/evaluation.json       what is measured: weights, benchmark, settings
+    FOLDER/items/NAME.json       the result of one finished item
+
+A file appears whole or not at all, so any number of processes may share the folder.
+"""
+
+from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import pathlib
+import shutil
+from typing import Any
+import urllib.parse
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+import videogpt_jax
+from videogpt_jax import distributed
+from videogpt_jax import files
+from videogpt_jax.errors import InputError
+
+IDENTITY = "evaluation.json"
+_ITEMS = "items"
+_LONGEST = 200  # characters of a file's name, which may have 255
+
+
+class Ledger:
+  """The finished items of the evaluation in `folder`.
+
+  Every process makes one, with the same arguments.
+
+  Args:
+    folder: of the results; made where missing.
+    identity: JSON-able, all that decides the results, beside this package's version: only equal
+      ones are taken up.
+    restart: forget what another evaluation left.
+
+  Raises:
+    InputError: results of another identity are there, or the folder cannot be written.
+  """
+
+  def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any], *, restart: bool = False
+               ) -> None:
+    self._folder, self._items = folder, folder / _ITEMS
+    versioned = {**identity, "version": videogpt_jax.__version__}
+    wanted = json.loads(json.dumps(plain(versioned)))  # as it will be read: no tuples
+    distributed.from_first(lambda: self._open(wanted, restart))
+
+  def get(self, item: str) -> dict[str, Any] | None:
+    """The result of an item; None: it is not finished."""
+    try:
+      return json.loads(self._path(item).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+      return None
+    except ValueError:  # the machine went down before the disk had it
+      return None
+
+  def put(self, item: str, values: Mapping[str, Any]) -> None:
+    """Keeps the result of a finished item: JSON-able values, numpy's among them.
+
+    Raises:
+      InputError: it cannot be written; the ones before are safe.
+    """
+    files.write_json(self._path(item), plain(values))
+
+  def mine(self, items: Sequence[str]) -> list[str]:
+    """The items that this process has to do: its share of those that are not finished.
+
+    Every process has to ask before any of them puts another result: they share what all of
+    them see unfinished.
+    """
+    unfinished = [item for item in items if self.get(item) is None]
+    self.wait()
+    return unfinished[jax.process_index()::jax.process_count()]
+
+  def all(self, items: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The results of items, all of which have been finished by whichever process; waits for them.
+
+    Raises:
+      InputError: some are missing: the processes do not share the folder.
+    """
+    self.wait()
+    found = {item: self.get(item) for item in items}
+    missing = [item for item, values in found.items() if values is None]
+    if missing:
+      raise InputError(f"{self._items} lacks {len(missing)} of {len(items)} results, such as "
+                       f"{missing[0]}; --out must be a folder that all processes share")
+    return {item: values for item, values in found.items() if values is not None}
+
+  def wait(self) -> None:
+    """Until all processes have come here."""
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("evaluation")
+
+  def _open(self, identity: dict[str, Any], restart: bool) -> None:
+    path = self._folder / IDENTITY
+    try:
+      if restart:
+        shutil.rmtree(self._items, ignore_errors=True)
+        path.unlink(missing_ok=True)
+      self._items.mkdir(parents=True, exist_ok=True)
+      found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except OSError as error:
+      raise InputError(f"cannot write to {self._folder}: {error.strerror or error}") from error
+    except ValueError as error:
+      raise InputError(f"{path} is damaged; give --restart to begin anew") from error
+    if found is None:
+      files.write_json(path, identity)
+      return
+    differences = [f"{name} {found.get(name)} (now {identity.get(name)})"
+                   for name in sorted(found.keys() | identity.keys())
+                   if found.get(name) != identity.get(name)]
+    if differences:
+      raise InputError(f"{self._folder} holds results of another evaluation: "
+                       + ", ".join(differences) + "; take another --out, or give --restart to "
+                       "remove them and begin anew")
+
+  def _path(self, item: str) -> pathlib.Path:
+    name = urllib.parse.quote(item, safe=" ")
+    if len(name) > _LONGEST:
+      name = f"{name[:_LONGEST // 2]}-{hashlib.sha256(item.encode()).hexdigest()[:16]}"
+    return self._items / f"{name}.json"
+
+
+def plain(value: Any) -> Any:
+  """A value as JSON can hold it: numpy's numbers and arrays, and paths, become Python's."""
+  if isinstance(value, Mapping):
+    return {str(name): plain(x) for name, x in value.items()}
+  if isinstance(value, (np.ndarray, np.generic)):
+    return plain(value.tolist())
+  if isinstance(value, (list, tuple)):
+    return [plain(x) for x in value]
+  return str(value) if isinstance(value, pathlib.PurePath) else value
