@@ -88,7 +88,7 @@ def test_lpips_refuses_other_weights_and_frames(tmp_path):
 
 
 def test_lpips_of_predicted_worlds(tmp_path):
-  """Beside the other metrics by frame, for the model and the baselines, if its weights are given."""
+  """Beside the other metrics by frame, of the model and the baselines, if weights are given."""
   files = (_weights(tmp_path, ALEX), str(GOLDEN / "alex.pth"))
   settings = world.Settings(size=32)
 

@@ -76,7 +76,8 @@ def define_flags() -> None:
                        "the mean of them are scored.", lower_bound=1)
   flags.DEFINE_float("shift", None, "Of the sampling times; default: as the run's configuration.")
   flags.DEFINE_list("lpips", [], "For LPIPS, two files of weights: torchvision's AlexNet (such as "
-                    "alexnet-owt-7be5be79.pth) and lpips/weights/v0.1/alex.pth of the package lpips.")
+                    "alexnet-owt-7be5be79.pth) and lpips/weights/v0.1/alex.pth of the package "
+                    "lpips.")
 
 
 def from_flags() -> Options:
@@ -149,8 +150,8 @@ def measure(predict: Predict, settings: world.Settings, history: int, out: pathl
     raise InputError("videos, samples, batch_size and fit_videos must be at least 1, got "
                      + ", ".join(map(str, sizes)))
   if options.lpips and settings.size < lpips_lib.SMALLEST:
-    raise InputError(f"LPIPS needs frames of at least {lpips_lib.SMALLEST} px a side; those of this "
-                     f"world have {settings.size}")
+    raise InputError(f"LPIPS needs frames of at least {lpips_lib.SMALLEST} px a side; those of "
+                     f"this world have {settings.size}")
   # The seed of a batch's noise, and so its result, depends on where it starts.
   starts = {f"{start:05d}": start for start in range(0, options.videos, options.batch_size)}
   ledger = ledger_lib.Ledger(out, {

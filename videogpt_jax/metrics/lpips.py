@@ -96,8 +96,8 @@ class Lpips:
       raise InputError(f"LPIPS compares uint8 RGB frames of one shape, got {predicted.dtype} "
                        f"{predicted.shape} and {truth.dtype} {truth.shape}")
     if min(truth.shape[-3:-1]) < SMALLEST:
-      raise InputError(f"LPIPS needs frames of at least {SMALLEST} px a side, got {truth.shape[-3]}x"
-                       f"{truth.shape[-2]}")
+      raise InputError(f"LPIPS needs frames of at least {SMALLEST} px a side, got "
+                       f"{truth.shape[-3]}x{truth.shape[-2]}")
     frame = truth.shape[-3:]
     x, y = predicted.reshape(-1, *frame), truth.reshape(-1, *frame)
     found = [np.asarray(_distance(self._params, x[i:i + _BATCH], y[i:i + _BATCH], self._network))
