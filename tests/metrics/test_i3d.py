@@ -19,8 +19,7 @@ from videogpt_jax.metrics import i3d
 
 HERE = pathlib.Path(__file__).resolve()
 LOGITS = HERE.parents[1] / "golden" / "metrics" / "i3d_logits.npz"
-CLIP = pathlib.Path(os.environ.get(
-  "VIDEOGPT_GOLDEN_I3D", HERE.parents[3] / "shared" / "golden" / "i3d"))
+CLIP = os.environ.get("VIDEOGPT_GOLDEN_I3D", "")  # a folder that is not part of the project
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +48,18 @@ def test_i3d_logits_for_fvd(network):
 
 
 def test_i3d_recognises_the_clip_for_fvd(network):
-  if not CLIP.is_dir():
+  if not CLIP:
     pytest.skip("the clip is not part of the project: VIDEOGPT_GOLDEN_I3D=DIR")
-  with Image.open(CLIP / "v_CricketShot_g04_c01_rgb.gif") as picture:
+  folder = pathlib.Path(CLIP)
+  with Image.open(folder / "v_CricketShot_g04_c01_rgb.gif") as picture:
     frames = []
     for i in range(picture.n_frames):
       picture.seek(i)
       frames.append(np.asarray(picture.convert("RGB")))
   frames = np.stack(frames)
-  digest = json.loads((CLIP / "expected.json").read_text())["frames_sha256"]
+  digest = json.loads((folder / "expected.json").read_text())["frames_sha256"]
   assert hashlib.sha256(frames.tobytes()).hexdigest() == digest
-  labels = (CLIP / "label_map.txt").read_text().splitlines()
+  labels = (folder / "label_map.txt").read_text().splitlines()
   x = (frames / np.float32(127.5) - 1)[None]
   with np.load(LOGITS) as golden:
     logits = network(x)["logits"][0]
