@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import jax
 import numpy as np
@@ -386,18 +387,23 @@ def test_peak_memory_stays_and_is_not_inherited():
   assert 0.98 * now <= peak < now + 100  # the kernel counts the two at different moments
 
 
-def test_peak_flops_of_known_and_unknown_devices():
-  class Device:
-    platform = "tpu"
+@pytest.mark.parametrize("kind, rate", [
+  ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H100 80GB HBM3", 989e12),
+  ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40", 181e12), ("NVIDIA L4", 121e12), ("TPU v99", None)])
+def test_peak_flops_of_known_and_unknown_devices(monkeypatch, kind, rate):
+  assert machine.data_sheet_flops(kind) == rate
+  device = types.SimpleNamespace(device_kind=kind)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", lambda: [device] * 4)
+  monkeypatch.setattr(jax, "device_count", lambda: 4)
+  assert machine.peak_flops() == (rate and 4 * rate)
 
-    def __init__(self, kind: str):
-      self.device_kind = kind
 
-  assert machine.peak_flops_per_device(Device("TPU v5 lite")) == 197e12
-  assert machine.peak_flops_per_device(Device("TPU v5p")) == 459e12
-  assert machine.peak_flops_per_device(Device("NVIDIA H100 80GB HBM3")) == 989e12
-  assert machine.peak_flops_per_device(Device("NVIDIA H100 PCIe")) == 756e12
-  assert machine.peak_flops_per_device(Device("TPU v99")) is None
+def test_a_cpu_split_into_devices_is_no_faster(monkeypatch):
+  """A share of the MFU would be lost for every device."""
+  monkeypatch.setattr(machine, "product_rate", lambda: 1e11)
+  monkeypatch.setattr(jax, "device_count", lambda: 8)
+  assert machine.peak_flops() == 1e11
 
 
 def test_product_rate_agrees_with_numpy():
@@ -410,7 +416,6 @@ def test_product_rate_agrees_with_numpy():
   numpy_rate = 2 * 1024**3 / min(seconds)
   ours = machine.product_rate(1024)
   assert numpy_rate / 8 < ours < numpy_rate * 8  # they share the cores with whatever else runs
-  assert machine.peak_flops_per_device(jax.devices("cpu")[0]) > 0
 
 
 def _pixels(path: pathlib.Path) -> np.ndarray:

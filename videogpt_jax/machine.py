@@ -29,9 +29,11 @@ _PEAK_FLOPS = {
   "B200": 2250e12,
   "H200": 989e12,
   "H100 PCIe": 756e12,
+  "H100 NVL": 835e12,
   "H100": 989e12,
   "A100": 312e12,
   "L40S": 362e12,
+  "L40": 181e12,
   "L4": 121e12,
   "V100": 125e12,
   "T4": 65e12,
@@ -135,15 +137,17 @@ def usable_cores() -> int:
   return os.cpu_count() or 1
 
 
-def peak_flops_per_device(device: jax.Device) -> float | None:
-  """What an MFU is measured against, FLOP/s, or None for an unknown accelerator.
+def peak_flops() -> float | None:
+  """What an MFU is measured against: of all devices together, FLOP/s; None for unknown ones.
 
-  Accelerators: the data sheet's dense bfloat16 rate. CPU (all cores are one device): the
-  rate of this machine's own float32 product, measured now, since no data sheet states one.
+  Accelerators: the data sheet's dense bfloat16 rate. CPU: the rate of a float32 product on this
+  machine, measured now, since no data sheet states one; once a process, however many devices
+  its cores are split into.
   """
-  if device.platform == "cpu":
-    return product_rate()
-  return data_sheet_flops(device.device_kind)
+  if jax.default_backend() == "cpu":
+    return product_rate() * jax.process_count()
+  each = data_sheet_flops(jax.devices()[0].device_kind)
+  return each and each * jax.device_count()
 
 
 def data_sheet_flops(device_kind: str) -> float | None:

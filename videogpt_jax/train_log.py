@@ -195,11 +195,10 @@ class TrainLog:
 
 def _progress(config: ConfigDict, recipe: step_lib.Recipe, source: pipeline.Mixture,
               account: goodput.Account) -> telemetry.Progress:
-  peak = machine.peak_flops_per_device(jax.devices()[0])
   cost = _expected_cost(config, recipe, source)
   return telemetry.Progress(
     config.train.steps, tokens_per_step=cost.tokens, flops_per_step=cost.total,
-    peak_flops=peak * jax.device_count() if peak else None, clock=account.clock)
+    peak_flops=machine.peak_flops(), clock=account.clock)
 
 
 def _expected_cost(config: ConfigDict, recipe: step_lib.Recipe,

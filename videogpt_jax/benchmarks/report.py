@@ -35,6 +35,10 @@ def stamp() -> dict[str, str]:
 
 
 def _commit() -> str:
-  done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                        check=False)
-  return done.stdout.strip() or "unknown"
+  """The commit, with "-dirty" behind it if anything but results differs from it."""
+  commit, changed = (
+    subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
+    for command in (["rev-parse", "--short", "HEAD"],
+                    ["status", "--porcelain", "--untracked-files=no", "--", ":/",
+                     ":(exclude,top)benchmarks/results"]))
+  return (commit or "unknown") + ("-dirty" if changed else "")

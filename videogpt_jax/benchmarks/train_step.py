@@ -104,13 +104,12 @@ def _rates(rate: float) -> dict[str, float]:
 
   CPU: all devices are parts of one, and the measured rate is what the MFU is measured against.
   """
-  device = jax.devices()[0]
-  if device.platform == "cpu":
-    product = machine.product_rate() / jax.device_count()
-    return {"product_gflops_per_s": product * jax.device_count() / 1e9,
-            "utilisation": rate / product}
+  if jax.default_backend() == "cpu":
+    product = machine.product_rate()
+    return {"product_gflops_per_s": product / 1e9,
+            "utilisation": rate * jax.device_count() / product}
   product = machine.product_rate(8192, jnp.bfloat16)
-  peak = machine.peak_flops_per_device(device)
+  peak = machine.data_sheet_flops(jax.devices()[0].device_kind)
   return {"product_gflops_per_s": product / 1e9, "utilisation": rate / product,
           **({"peak_gflops_per_s": peak / 1e9, "mfu": rate / peak} if peak else {})}
 

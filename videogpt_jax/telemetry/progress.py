@@ -18,7 +18,7 @@ class Progress:
     total_steps: steps of the whole run.
     tokens_per_step: of the global batch.
     flops_per_step: needed work of the global batch; None leaves out the MFU.
-    peak_flops: of all devices together, FLOP/s (`peak_flops_per_device`); None likewise.
+    peak_flops: of all devices together, FLOP/s (`machine.peak_flops`); None likewise.
     clock: seconds; another one for tests.
   """
 
