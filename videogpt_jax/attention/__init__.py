@@ -16,6 +16,7 @@ into all-to-all exchanges.
 """
 
 import functools
+import importlib
 import math
 from typing import Any
 
@@ -27,16 +28,12 @@ from jaxtyping import Array, Float
 from videogpt_jax import mask
 from videogpt_jax import sharding
 from videogpt_jax.attention import blocks
-from videogpt_jax.attention import gpu
 from videogpt_jax.attention import reference
-from videogpt_jax.attention import tpu
 from videogpt_jax.attention import tuning
-from videogpt_jax.attention import xla
 from videogpt_jax.attention.gradient import OUTPUT
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 _DENSE_PAIRS = 64 * 64  # fewer pairs than this a sample, and dense attention is faster
-_ATTEND = {"xla": xla.attend, "tpu": tpu.attend, "gpu": gpu.attend}
 _ROWS = PartitionSpec(sharding.BATCH_AXES)
 _HEADS = PartitionSpec(sharding.BATCH_AXES, None, sharding.HEAD_AXES)
 
@@ -53,18 +50,28 @@ def resolve(
     if length_q * length_k < _DENSE_PAIRS:
       return "reference"
     platform = jax.default_backend()
-    if platform == "tpu" and not tpu.problem(head_size, dtype):
+    if platform == "tpu" and not _module("tpu").problem(head_size, dtype):
       return "tpu"
-    if platform == "gpu" and gpu.serves(jax.devices()[0]) and not gpu.problem(head_size, dtype):
+    if (platform == "gpu" and _module("gpu").serves(jax.devices()[0])
+        and not _module("gpu").problem(head_size, dtype)):
       return "gpu"
     return "xla"
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"unknown attention {implementation!r}; known: auto, "
                      + ", ".join(IMPLEMENTATIONS))
-  for name, kernel in (("tpu", tpu), ("gpu", gpu)):
-    if implementation == name and kernel.problem(head_size, dtype):
-      raise ValueError(f"attention {name!r}: {kernel.problem(head_size, dtype)}; use 'xla'")
+  if implementation in ("tpu", "gpu"):
+    problem = _module(implementation).problem(head_size, dtype)
+    if problem:
+      raise ValueError(f"attention {implementation!r}: {problem}; use 'xla'")
   return implementation
+
+
+def _module(name: str) -> Any:
+  """The module of an implementation, imported when it is first wanted.
+
+  Those with kernels bring compilers along that take a fifth of a command's start.
+  """
+  return importlib.import_module(f"{__name__}.{name}")
 
 
 def tile(implementation: str, length: int, head_size: int, dtype: Any) -> int:
@@ -83,7 +90,7 @@ def unavailable(implementation: str) -> str:
   device = jax.devices()[0]
   if implementation == "tpu" and device.platform != "tpu":
     return f"its kernels need a TPU, jax runs on {device.platform} here"
-  if implementation == "gpu" and not gpu.serves(device):
+  if implementation == "gpu" and not _module("gpu").serves(device):
     return f"its kernels need a Hopper GPU (H100, H200), jax runs on {device.device_kind} here"
   return ""
 
@@ -151,7 +158,7 @@ def attend(
   if block_map is None:
     raise ValueError("blockwise attention needs the block map of attention.plan")
   _check(q, k, ranks_q, ranks_k, block_map)
-  run = _ATTEND[name]
+  run = _module(name).attend
   if sharding.size(*sharding.BATCH_AXES, *sharding.HEAD_AXES) > 1:
     k, v = _enough_heads(q.shape[2], k, v)
     run = jax.shard_map(run, in_specs=(_HEADS, _HEADS, _HEADS, _ROWS, _ROWS, _ROWS),

@@ -3,8 +3,8 @@
 Attention has more to do in some partitions than in others, and a step ends with the slowest
 device. Counted, not timed: visible pairs of random partitions, drawn for each video by itself
 (`clips.partition="random"`) or with one number of clips for all (`"one_count"`). What that means
-for a step is an estimate: attention's share of its arithmetic on GPUs with `remat=full`, each at
-the rate that `videogpt_jax.aot.estimate` assumes. The last line printed is one JSON object.
+for a step is an estimate: attention's share of its arithmetic on GPUs with the run card's remat,
+each at the rate that `videogpt_jax.aot.estimate` assumes. The last line printed is one JSON object.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def main() -> None:
   for frames in (16, 48, 80):
     cost = flops.training(config, objective.next_clip(objective.random_partition), 1,
                           (frames, 22, 40, 4))
-    dense, pairs = estimate.executed(cost, "full", "gpu")
+    dense, pairs = estimate.executed(cost, config.backbone.remat, "gpu")
     share = pairs / estimate.ATTENTION / (dense / estimate.PRODUCTS + pairs / estimate.ATTENTION)
     for name, partition in _PARTITIONS.items():
       slowest, mean = measure(partition, frames, f.videos, f.batches)

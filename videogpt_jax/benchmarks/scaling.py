@@ -36,8 +36,8 @@ _V5P = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4
         512: "8x8x8", 1024: "8x8x16"}
 _BATCH_SHARDS = 64
 _FSDP = 8
-_COLUMNS = ("topology", "data x fsdp x sequence", "microbatches", "remat", "memory, GiB", "step, s",
-            "MFU", "sent by a chip, GB", "compiled in, s")
+_COLUMNS = ("config", "topology", "data x fsdp x sequence", "microbatches", "remat", "memory, GiB",
+            "step, s", "MFU", "sent by a chip, GB", "compiled in, s")
 
 
 def topology(chips: str, count: int) -> topology_lib.Topology:
@@ -90,7 +90,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     mesh, memory, found = each["mesh"], each["memory"], each["estimate"]
     sent = sum(sent for _, sent in (each["collectives"] or {}).values())
     cells = [
-      each["topology"], " x ".join(str(mesh[axis]) for axis in ("data", "fsdp", "sequence")),
+      each["config"], each["topology"],
+      " x ".join(str(mesh[axis]) for axis in ("data", "fsdp", "sequence")),
       each["accumulation"], each["remat"],
       f"{memory['total'] / 2**30:.1f}" + ("" if memory["fits"] else ", does not fit"),
       f"{found['shortest']:.2f} to {found['longest']:.2f}" if found else "",
