@@ -120,6 +120,16 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_noise(tmp_path):
     _measure(noise, tmp_path / "parts", identity={"parameters": "1"}, **sizes)
 
 
+def test_a_restart_with_fewer_videos_leaves_none_of_the_others(tmp_path):
+  (tmp_path / "checkpoints").mkdir()  # of the training run whose folder this is
+  _measure(_copy, tmp_path)
+  assert len(list((tmp_path / "predictions").glob("*_truth.mp4"))) == VIDEOS
+  _measure(_copy, tmp_path, videos=2, restart=True)
+  for folder, pattern in (("predictions", "*_truth.mp4"), ("gifs", "*.gif")):
+    assert len(list((tmp_path / folder).glob(pattern))) == 2
+  assert (tmp_path / "checkpoints").exists()
+
+
 def test_best_and_mean_of_samples(tmp_path):
   """Of three futures the second is perfect for the even videos, the third for the odd ones."""
   oracle, calls = Oracle(), []

@@ -182,7 +182,9 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
     "protocol": dataclasses.asdict(protocol), REAL: real.identity,
     GENERATED: generated.identity if generated else None, "batch_size": options.batch_size,
     **extractor.kind(protocol.frames)}
-  ledger = ledger_lib.Ledger(out, identity, restart=options.restart)
+  ledger = ledger_lib.Ledger(out, identity, restart=options.restart,
+                             outputs=("statistics", "videos", *report_lib.OUTPUTS),
+                             inputs=(options.videos_dir, options.generated))
   work = _Work(out, ledger, extractor, protocol, options)
   work.features(REAL, real)
   if generated is not None:

@@ -43,6 +43,7 @@ from videogpt_jax.metrics.physics_iq.protocol import Case
 from videogpt_jax.metrics.physics_iq.protocol import Protocol
 
 SHIPPED, LOSSLESS = "shipped", "lossless"
+RESULTS, SHOWN = "results", "shown"  # folders of the results
 
 # Takes frames uint8 [B, h, H, W, 3], a number n and a key; returns uint8 [B, n, H, W, 3].
 Predict = Callable[[np.ndarray, int, PRNGKeyArray], np.ndarray]
@@ -169,6 +170,11 @@ def needs_weights(options: Options) -> bool:
   return not options.generated
 
 
+def only_prints(options: Options) -> bool:
+  """Whether nothing is to be written: what an evaluation left in the folder stays."""
+  return options.check
+
+
 def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
         ) -> report_lib.Report:
   """Predicts the videos of the data set, unless they are given, and scores them; see the module.
@@ -190,7 +196,7 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
   predictor = None if weights is None or options.generated else of_weights(weights, options)
   found = measure(predictor, out, options)
   return physics_iq_report.report(
-    found.model, found.dataset, found.videos, found.rows, found.score, out / "shown",
+    found.model, found.dataset, found.videos, found.rows, found.score, out / SHOWN,
     {"checkpoint": weights.path if weights and predictor else None,
      "generated": options.generated or str(out / found.model), "data": options.data,
      "protocol": dataclasses.asdict(options.protocol), "clip_frames": options.clip_frames,
@@ -243,15 +249,17 @@ def measure(predictor: Predictor | None, out: pathlib.Path, options: Options) ->
   files.check_real(dataset, conditioning=predictor is not None)
   ledger = ledger_lib.Ledger(out, {
     "benchmark": "physics_iq", "model": model, **identity,
-    "protocol": dataclasses.asdict(options.protocol)}, restart=options.restart)
+    "protocol": dataclasses.asdict(options.protocol)}, restart=options.restart,
+    outputs=(*([] if predictor is None else [model]), RESULTS, SHOWN, *report_lib.OUTPUTS),
+    inputs=(options.data, options.generated))
   if predictor is not None:
     _predict(predictor, dataset, folder, ledger, options)
   videos = files.generated(folder, dataset.cases)
   files.check_generated(videos, options.protocol)
-  rows, shipped = _score(dataset, videos, out / "shown", ledger, options)
+  rows, shipped = _score(dataset, videos, out / SHOWN, ledger, options)
   if jax.process_index() == 0:
-    files_lib.make_folder(out / "results")
-    scores.write(out / "results" / f"{model}.csv", rows)
+    files_lib.make_folder(out / RESULTS)
+    scores.write(out / RESULTS / f"{model}.csv", rows)
   return Found(model, dataset, videos, rows, scores.score(rows), shipped)
 
 

@@ -33,7 +33,7 @@ from videogpt_jax.metrics import world as detector
 
 SUMMARY = "summary.json"
 PLOT = "evidence.png"
-PREDICTIONS = "predictions"
+PREDICTIONS, GIFS = "predictions", "gifs"
 SHOWN_BASELINES = ("constant_velocity", "copy_last")  # beside truth and model
 
 _GIFS = 4  # videos that have one
@@ -158,7 +158,8 @@ def measure(predict: Predict, settings: world.Settings, history: int, out: pathl
     "benchmark": "world", **identity, "world": dataclasses.asdict(settings), "history": history,
     "videos": options.videos, "samples": options.samples, "seed": options.seed,
     "batch_size": options.batch_size, "fit_videos": options.fit_videos,
-    **({"lpips": list(options.lpips)} if options.lpips else {})}, restart=options.restart)
+    **({"lpips": list(options.lpips)} if options.lpips else {})}, restart=options.restart,
+    outputs=(PREDICTIONS, GIFS, SUMMARY, PLOT, *report_lib.OUTPUTS))
   unfinished = ledger.mine(list(starts))
   if unfinished:
     batches = _Batches(predict, settings, history, out, options)
@@ -190,7 +191,7 @@ class _Batches:
     self._fitted = baselines.fit(settings, np.stack(training), history, self._count)
     self._hidden = detector.hidden_pixels(settings)
     self._lpips = lpips_lib.Lpips(*options.lpips) if options.lpips else None
-    for folder in (out / PREDICTIONS, out / "gifs"):
+    for folder in (out / PREDICTIONS, out / GIFS):
       files.make_folder(folder)
 
   def __call__(self, start: int, length: int) -> dict[str, Any]:
@@ -255,7 +256,7 @@ def _video_files(out: pathlib.Path, index: int, titles: Iterable[str]) -> dict[s
 
 
 def _gif(out: pathlib.Path, index: int) -> pathlib.Path:
-  return out / "gifs" / f"held_out_{index:03d}.gif"
+  return out / GIFS / f"held_out_{index:03d}.gif"
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> evidence_lib.Scores:
