@@ -33,6 +33,7 @@ from videogpt_jax.data import video
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import ledger as ledger_lib
 from videogpt_jax.evaluation import physics_iq_report
+from videogpt_jax.evaluation import prediction
 from videogpt_jax.evaluation import progress as progress_lib
 from videogpt_jax.evaluation import report as report_lib
 from videogpt_jax.metrics.physics_iq import files
@@ -186,7 +187,8 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
 
   Raises:
     InputError: the data set or the generated videos are not what the protocol asks for; the
-      model cannot predict so many frames at once; or see `ledger.Ledger`.
+      model cannot predict so many frames at once, or predicts what is no number; or see
+      `ledger.Ledger`.
   """
   if options.check:
     dataset = files.find(options.data, options.protocol)
@@ -221,7 +223,7 @@ def of_weights(weights: weights_lib.Weights, options: Options) -> Predictor:
                    weights.model.patch_size)
 
   def predict(frames: np.ndarray, count: int, rng: PRNGKeyArray) -> np.ndarray:
-    return weights.continue_video(frames, count, clip_frames=clip_frames, rng=rng)
+    return prediction.continued(weights, frames, count, clip_frames=clip_frames, rng=rng)
 
   name = options.model or pathlib.Path(weights.path).resolve().name
   return Predictor(name, {**weights_lib.identity(weights), "clip_frames": clip_frames}, predict,
@@ -279,7 +281,8 @@ def _predict(predictor: Predictor, dataset: files.Dataset, folder: pathlib.Path,
     batch = items[item]
     rows = np.minimum(np.arange(size), len(batch) - 1)  # one shape, one compilation
     rng = jax.random.fold_in(jax.random.key(options.seed), list(items).index(item))
-    predicted = predictor.predict(frames[rows], options.protocol.prediction_frames, rng)
+    with prediction.of(f"{item}, videos from {batch[0].generated} on"):
+      predicted = predictor.predict(frames[rows], options.protocol.prediction_frames, rng)
     digests = {}
     for case, made in zip(batch, predicted, strict=False):
       path = folder / case.generated

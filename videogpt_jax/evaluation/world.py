@@ -24,6 +24,7 @@ from videogpt_jax.data import video
 from videogpt_jax.data import world
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import ledger as ledger_lib
+from videogpt_jax.evaluation import prediction
 from videogpt_jax.evaluation import progress as progress_lib
 from videogpt_jax.evaluation import report as report_lib
 from videogpt_jax.metrics import baselines
@@ -96,7 +97,7 @@ def run(weights: weights_lib.Weights, out: pathlib.Path, options: Options) -> re
 
   Raises:
     InputError: the weights were not trained on a simulated world, which leaves nothing to
-      predict; or see `ledger.Ledger`.
+      predict; they predict what is no number; or see `ledger.Ledger`.
   """
   if weights.config["data"].get("source", "world") != "world":
     raise InputError(f"{weights.path} was not trained on the simulated world, which alone knows "
@@ -108,7 +109,7 @@ def run(weights: weights_lib.Weights, out: pathlib.Path, options: Options) -> re
   began = time.perf_counter()
 
   def predict(histories: np.ndarray, count: int, rng: PRNGKeyArray) -> np.ndarray:
-    return weights.continue_video(histories, count, rng=rng)
+    return prediction.continued(weights, histories, count, rng=rng)
 
   found, videos = measure(predict, settings, weights.config["sample"]["history"], out, options,
                           weights_lib.identity(weights))
@@ -221,7 +222,8 @@ class _Batches:
     rng = jax.random.fold_in(jax.random.key(self._options.seed), start // size)
     for sample in range(self._options.samples):
       key = jax.random.fold_in(rng, sample) if sample else rng
-      part = np.asarray(self._predict(histories[rows], self._count, key))
+      with prediction.of(f"batch of videos {start} to {start + len(histories) - 1}"):
+        part = np.asarray(self._predict(histories[rows], self._count, key))
       expected = (size, self._count, *histories.shape[2:])
       if part.shape != expected or part.dtype != np.uint8:
         raise InputError(
