@@ -13,10 +13,13 @@ from videogpt_jax import rollout
 from videogpt_jax import weights as weights_lib
 from videogpt_jax.data import world as world_lib
 from videogpt_jax.errors import InputError
+from videogpt_jax.evaluation import fvd
 from videogpt_jax.evaluation import physics_iq
 from videogpt_jax.evaluation import physics_mini
 from videogpt_jax.evaluation import prediction
 from videogpt_jax.evaluation import world
+from videogpt_jax.metrics import fvd as fvd_lib
+from videogpt_jax.metrics import i3d
 from videogpt_jax.metrics.physics_iq.protocol import Protocol
 
 WORLD = world_lib.Settings(size=32, frames=12, objects=(1, 1), radius=(3.0, 4.0))
@@ -61,6 +64,16 @@ def test_the_world_names_the_batch(diverging, tmp_path):
                      "infinite numbers for 1 of 2 videos, in clip 2: .* an earlier checkpoint"):
     world.run(diverging, tmp_path, options)
   assert [path.name for path in (tmp_path / "items").iterdir()] == ["00000.json"]
+
+
+def test_fvd_names_the_batch(diverging, tmp_path, monkeypatch):
+  monkeypatch.setattr(i3d, "load", lambda path, sha256: {})
+  monkeypatch.setattr(fvd_lib, "_features", lambda params, videos, layer, resize: jnp.ones(
+    (len(videos), i3d.FEATURES[layer])))  # in place of I3D
+  options = fvd.Options(videos=4, frames=12, batch_size=2, processes=1)
+  with pytest.raises(InputError, match=r"^batch seed_0/00001, videos from 2 on: runs/diverged "):
+    fvd.run(diverging, tmp_path, options)
+  assert len(list((tmp_path / "statistics" / "seed_0").iterdir())) == 1
 
 
 def test_physics_iq_names_the_batch(diverging, tmp_path):
