@@ -80,8 +80,9 @@ def _chosen(arguments: Sequence[str]) -> str:
 def _module(benchmark: str) -> Any:
   """The module of a benchmark: `define_flags()`, `from_flags()` and `run(weights, out, options)`.
 
-  And `needs_weights(options)`, if it can do without. A flag of its own may have the name of
-  another benchmark's, as only the flags of the one that is named are defined.
+  And `needs_weights(options)`, if it can do without, and `only_prints(options)`, if it can leave
+  the output folder alone. A flag of its own may have the name of another benchmark's, as only the
+  flags of the one that is named are defined.
 
   Raises:
     InputError: an extra is missing.
@@ -108,7 +109,11 @@ def main() -> None:
     weights: Any = _load(f) if needs_weights(options) else None
     is_run = f.benchmark == "world" and os.path.exists(
       os.path.join(weights.path, telemetry.METRICS_FILE))
-    out = _folder(f.out or (weights.path if is_run else f"runs/evaluation/{f.benchmark}"))
+    path = f.out or (weights.path if is_run else f"runs/evaluation/{f.benchmark}")
+    if getattr(module, "only_prints", lambda options: False)(options):
+      print("\n" + report_lib.text(module.run(weights, pathlib.Path(path), options)) + "\n")
+      return
+    out = _folder(path)
     report = module.run(weights, out, options)
   if jax.process_index() == 0:
     _tell(report, out)

@@ -28,6 +28,7 @@ from videogpt_jax.sampler import Sampler
 
 PRETRAINED = str(pathlib.Path(__file__).parent / "pretrained" / "world")
 SECTIONS = ("codec", "data", "sample")  # of a configuration, needed for prediction
+_STACK = "layers"  # in the path of parameters that have layers in front
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +132,7 @@ class Weights:
              stop: Callable[[], bool]) -> Iterator[Clip]:
     count = len(given)
     rows = functools.partial(_whole_rows, multiple=sharding.size(*sharding.BATCH_AXES))
-    place = jnp.asarray if self.mesh is None else lambda x: jax.device_put(
-      distributed.as_first(np.asarray(x)), sharding.rows(self.mesh))
+    place = jnp.asarray if self.mesh is None else functools.partial(_on_rows, self.mesh)
     history = self.codec.normalize(place(rows(self.codec.encode(given))))
     clips = rollout.clips(
       self.model, self.params, history, num_frames=num_frames,
@@ -170,6 +170,16 @@ class Weights:
 def _whole_rows(x: np.ndarray, multiple: int) -> np.ndarray:
   """`x` with its last row repeated until the rows divide among the devices of a mesh."""
   return np.concatenate([x, *[x[-1:]] * (-len(x) % multiple)])
+
+
+def _on_rows(mesh: jax.sharding.Mesh, x: Any) -> Array:
+  """`x` on a mesh, its rows shared among the devices.
+
+  Where processes share the mesh they need the same array, bit by bit. One that has a mesh of its
+  own has rows of its own, and as many of them as it likes.
+  """
+  same = distributed.as_first if mesh.is_multi_process else lambda x: x
+  return jax.device_put(same(np.asarray(x)), sharding.rows(mesh))
 
 
 def default_sampler(config: Mapping[str, Any]) -> Sampler:
@@ -313,10 +323,21 @@ def parameters(source: Source, place: Callable[[str, np.ndarray], Any]) -> dict[
 
 
 def fingerprint(params: Any) -> str:
-  """Of weights, by a row of each parameter: whatever was trained, some of them changed."""
-  rows = [np.asarray(distributed.everywhere(x[(0,) * (x.ndim - 1)]))
-          for x in jax.tree.leaves(params)]
+  """Of weights, by a row of each parameter in each layer: few bytes, wherever training was.
+
+  Args:
+    params: the parameter tree; what is below `layers` has these in front.
+  """
+  rows = [np.asarray(distributed.everywhere(_first_rows(path, x))).reshape(-1)
+          for path, x in jax.tree_util.tree_leaves_with_path(params)]
   return digest(np.concatenate([row.astype(np.float32) for row in rows]))
+
+
+def _first_rows(path: Sequence[Any], x: Any) -> Any:
+  """Of a parameter its first row; of one that is stacked, that of every layer."""
+  stacked = any(getattr(key, "key", None) == _STACK for key in path)
+  layers = (slice(None),) if stacked and x.ndim > 1 else ()
+  return x[(*layers, *(0,) * (x.ndim - 1 - len(layers)))]
 
 
 def identity(weights: Weights) -> dict[str, Any]:

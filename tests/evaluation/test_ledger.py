@@ -44,6 +44,73 @@ def test_other_results_are_refused_unless_told(tmp_path):
     ledger_lib.Ledger(tmp_path, IDENTITY)
 
 
+OUTPUTS = {"outputs": ("made", "table.csv", "theirs")}
+
+
+def _evaluated(folder):
+  """An evaluation in a folder in which somebody's things are already."""
+  for name in ("theirs/own.txt", "items/own.txt", "more/own.txt"):
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("own")
+  ledger_lib.Ledger(folder, IDENTITY, **OUTPUTS).put("a", {"value": 1})
+  (folder / "made" / "deep").mkdir(parents=True)
+  for name in ("made/deep/left.mp4", "table.csv", "theirs/0.mp4"):
+    (folder / name).write_text("left")
+
+
+def _files(folder):
+  return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_restart_removes_what_the_evaluation_made_and_nothing_else(tmp_path):
+  _evaluated(tmp_path)
+  owned = {"theirs/own.txt", "items/own.txt", "more/own.txt", "theirs/0.mp4"}
+  assert _files(tmp_path) == owned | {"items/a.json", "made/deep/left.mp4", "table.csv",
+                                      ledger_lib.IDENTITY}
+  ledger_lib.Ledger(tmp_path, IDENTITY, **OUTPUTS)  # goes on: nothing is lost, nothing forgotten
+  assert "made/deep/left.mp4" in _files(tmp_path)
+  ledger_lib.Ledger(tmp_path, IDENTITY | {"seed": 1}, restart=True, outputs=["other"])
+  assert _files(tmp_path) == owned | {ledger_lib.IDENTITY}
+  assert not (tmp_path / "made").exists()
+
+
+def test_a_record_leads_nowhere_else(tmp_path):
+  outside, out = tmp_path / "outside", tmp_path / "out"
+  for folder in (outside, out):
+    folder.mkdir()
+  (outside / "own.txt").write_text("own")
+  ledger_lib.Ledger(out, IDENTITY, outputs=("link",))
+  (out / "link").symlink_to(outside)
+  identity = json.loads((out / ledger_lib.IDENTITY).read_text())
+  assert identity["outputs"] == ["link"]
+  identity["outputs"] += ["../outside", "..", "", ".", str(outside)]
+  (out / ledger_lib.IDENTITY).write_text(json.dumps(identity))
+  ledger_lib.Ledger(out, IDENTITY, restart=True)
+  assert _files(outside) == {"own.txt"}
+  assert not (out / "link").is_symlink()
+
+
+def test_an_evaluation_may_want_its_outputs_for_itself(tmp_path):
+  _evaluated(tmp_path)
+  before = _files(tmp_path)
+  for restart in (False, True):
+    with pytest.raises(InputError, match="holds theirs, which no evaluation recorded"):
+      ledger_lib.Ledger(tmp_path, IDENTITY, restart=restart, **OUTPUTS, exclusive=True)
+  assert _files(tmp_path) == before
+  (tmp_path / "theirs").rename(tmp_path / "away")
+  ledger_lib.Ledger(tmp_path, IDENTITY, **OUTPUTS, exclusive=True)
+
+
+def test_restart_spares_what_is_to_be_read(tmp_path):
+  _evaluated(tmp_path)
+  before = _files(tmp_path)
+  for place in ("made", "made/deep"):
+    with pytest.raises(InputError, match=r"--restart would remove .*made, which is to be read"):
+      ledger_lib.Ledger(tmp_path, IDENTITY, restart=True, inputs=["", str(tmp_path / place)])
+  assert _files(tmp_path) == before
+  ledger_lib.Ledger(tmp_path, IDENTITY, restart=True, inputs=["", str(tmp_path / "theirs")])
+
+
 def test_damage_and_places_that_cannot_be_written(tmp_path):
   ledger = ledger_lib.Ledger(tmp_path / "out", IDENTITY)
   ledger.put("a", {"value": 1})

@@ -38,6 +38,8 @@ def test_text_is_aligned_and_says_what_is_published():
 def test_files_hold_every_value(tmp_path):
   paths = report_lib.write(example_report.report(tmp_path), tmp_path)
   assert all(path.stat().st_size for path in paths)
+  # What a restart of an evaluation removes.
+  assert {path.name for path in tmp_path.iterdir()} == {*report_lib.OUTPUTS, "clips"}
   found = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
   assert found["tables"][0]["rows"][0] == ["ours & theirs", 0.0123456, 20.5, -0.25, "measured"]
   assert found["tables"][0]["rows"][2][1:3] == [None, None]

@@ -120,6 +120,16 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_noise(tmp_path):
     _measure(noise, tmp_path / "parts", identity={"parameters": "1"}, **sizes)
 
 
+def test_a_restart_with_fewer_videos_leaves_none_of_the_others(tmp_path):
+  (tmp_path / "checkpoints").mkdir()  # of the training run whose folder this is
+  _measure(_copy, tmp_path)
+  assert len(list((tmp_path / "predictions").glob("*_truth.mp4"))) == VIDEOS
+  _measure(_copy, tmp_path, videos=2, restart=True)
+  for folder, pattern in (("predictions", "*_truth.mp4"), ("gifs", "*.gif")):
+    assert len(list((tmp_path / folder).glob(pattern))) == 2
+  assert (tmp_path / "checkpoints").exists()
+
+
 def test_best_and_mean_of_samples(tmp_path):
   """Of three futures the second is perfect for the even videos, the third for the odd ones."""
   oracle, calls = Oracle(), []
@@ -208,17 +218,17 @@ def test_the_command_writes_a_report_and_refuses_another_checkpoint(finished, tm
 
 
 def test_two_processes_find_what_one_does(finished, tmp_path):
-  """Of 20 videos, in batches of 16, each process predicts a batch."""
-  arguments = ["-m", "videogpt_jax.evaluate", f"--checkpoint={finished.workdir}", "--videos=20"]
-  said = processes.finish(processes.start([*arguments, f"--out={tmp_path / 'two'}"], 2, 1))
-  assert "16/16 videos" in said[0] and "report.html" in said[0]
+  """Of three batches one process predicts two, the other one; each on its own two devices."""
+  arguments = ["-m", "videogpt_jax.evaluate", f"--checkpoint={finished.workdir}", "--videos=34"]
+  said = processes.finish(processes.start([*arguments, f"--out={tmp_path / 'two'}"], 2, 2))
+  assert "18/18 videos" in said[0] and "report.html" in said[0]
   assert "videos" not in said[1]
-  assert sorted(path.name for path in (tmp_path / "two" / "items").iterdir()) == ["00000.json",
-                                                                               "00016.json"]
-  assert len(list((tmp_path / "two" / "predictions").glob("*_truth.mp4"))) == 20
+  assert sorted(path.name for path in (tmp_path / "two" / "items").iterdir()) == [
+    "00000.json", "00016.json", "00032.json"]
+  assert len(list((tmp_path / "two" / "predictions").glob("*_truth.mp4"))) == 34
   processes.finish([subprocess.Popen(
     [sys.executable, *arguments, f"--out={tmp_path / 'one'}"], text=True,
-    env=processes.environment(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE)])
+    env=processes.environment(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE)])
   one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
   assert one["tables"] == two["tables"]
 

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
+import processes
 from videogpt_jax.data import video
 from videogpt_jax.data import world
 from videogpt_jax.errors import InputError
@@ -148,6 +149,70 @@ def test_videos_of_somebody_else_and_shipped_masks(data, tmp_path):
   assert made.rows == again.rows
 
 
+def _contents(folder):
+  return {path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes())
+          for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_restart_with_fewer_scenarios(data, tmp_path):
+  own, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+  physics_iq.measure(Copies().predictor(), out, _options(own))
+  (out / "mine.txt").write_text("own")
+  for path in own.rglob("*scene-1*"):
+    path.unlink()
+  (own / "descriptions.csv").unlink()
+  fewer = _options(own, restart=True)
+  fewer = dataclasses.replace(fewer, protocol=dataclasses.replace(PROTOCOL, scenarios=1))
+  assert len(physics_iq.measure(Copies().predictor(), out, fewer).rows) == 1
+  assert not list(out.rglob("*scene-1*"))
+  assert (out / "mine.txt").exists()
+  given = dataclasses.replace(fewer, generated=str(out / "copies"))
+  with pytest.raises(InputError, match=r"--restart would remove .*copies, which is to be read"):
+    physics_iq.measure(None, out, given)
+  assert len(list((out / "copies").iterdir())) == 3
+
+
+_WORKER = """
+import dataclasses, pathlib, sys, types
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+from videogpt_jax import codec, distributed, rollout, sharding, weights
+from videogpt_jax.evaluation import physics_iq
+from videogpt_jax.metrics.physics_iq.protocol import Protocol
+distributed.define_flags()
+flags.FLAGS(["worker"] + sys.argv[3:])
+distributed.obey_flags()
+
+def clips(model, params, history, *, num_frames, rng, **rest):
+  drift = jnp.cumsum(jax.random.uniform(rng, (num_frames,)))[:, None, None, None] / num_frames
+  yield history[:, -1:] * (1 - drift) + history[:, :1] * drift
+
+rollout.clips = clips
+mesh = sharding.prediction_mesh(2, 2, 2, jax.local_devices())
+assert mesh.size == 2
+blocks = codec.Pixels(4)
+model = types.SimpleNamespace(patch_size=1, backbone=types.SimpleNamespace(dtype=np.float32))
+config = {"sample": {"clip_frames": 8, "history": 4, "window": 0, "steps": 1}, "codec":
+          blocks.spec(), "data": {"source": "world", "frames": 12, "height": 32, "width": 32}}
+own = weights.Weights(model, {"x": jnp.ones(2)}, blocks, config, "drift", mesh)
+physics_iq.run(own, pathlib.Path(sys.argv[2]), physics_iq.Options(
+  data=sys.argv[1], protocol=Protocol(8, 0.5, 1.0, 2), batch_size=2, workers=1, clip_frames=8))
+"""
+
+
+def test_two_processes_of_two_devices_find_what_one_does(data, tmp_path):
+  """Of three batches one process predicts two, the other one; each from its own videos."""
+  started = {count: processes.start(["-c", _WORKER, data, tmp_path / str(count)], count, 2)
+             for count in (1, 2)}
+  said = {count: processes.finish(workers) for count, workers in started.items()}
+  assert "4/4 videos predicted" in said[2][0] and "6/6 videos predicted" in said[1][0]
+  one, two = (scores.read(tmp_path / str(count) / "results" / "drift.csv") for count in (1, 2))
+  assert one == two
+  assert len({str(view["v1_mse"]) for views in one.values() for view in views.values()}) == 6
+
+
 def test_command(data, tmp_path):
   folder = _perfect(data, tmp_path / "perfect")
 
@@ -164,6 +229,13 @@ def test_command(data, tmp_path):
   assert re.search(r"^perfect .* 100 .*measured", done.stdout, re.MULTILINE)
   assert (tmp_path / "out" / "report.html").exists()
   assert scores.score(scores.read(tmp_path / "out" / "results" / "perfect.csv")).score == 100
+  before = _contents(tmp_path / "out")
+  checked = run(f"--data={data}", f"--generated={folder}", "--scenarios=2", "--prediction_s=1",
+                "--check")
+  assert checked.returncode == 0, checked.stderr
+  assert "as the official script wants them" in checked.stdout
+  assert "wrote" not in checked.stdout
+  assert _contents(tmp_path / "out") == before
 
 
 def test_report(data, tmp_path):

@@ -33,6 +33,7 @@ from videogpt_jax.data import video
 from videogpt_jax.data import windows
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import ledger as ledger_lib
+from videogpt_jax.evaluation import prediction
 from videogpt_jax.evaluation import progress as progress_lib
 from videogpt_jax.evaluation import report as report_lib
 from videogpt_jax.metrics import frechet
@@ -182,7 +183,9 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
     "protocol": dataclasses.asdict(protocol), REAL: real.identity,
     GENERATED: generated.identity if generated else None, "batch_size": options.batch_size,
     **extractor.kind(protocol.frames)}
-  ledger = ledger_lib.Ledger(out, identity, restart=options.restart)
+  ledger = ledger_lib.Ledger(out, identity, restart=options.restart,
+                             outputs=("statistics", "videos", *report_lib.OUTPUTS),
+                             inputs=(options.videos_dir, options.generated))
   work = _Work(out, ledger, extractor, protocol, options)
   work.features(REAL, real)
   if generated is not None:
@@ -350,7 +353,8 @@ class _Work:
         for rows, frames, fps in self._by_size(usable, videos):
           if model is not None:
             rng = jax.random.fold_in(jax.random.key(seed), rows[0])
-            frames = self._predicted(model, frames, rng)
+            with prediction.of(f"batch {batch}, videos from {rows[0]} on"):
+              frames = self._predicted(model, frames, rng)
           frames = self._resized(frames)
           self._show(name, rows, frames, fps)
           statistics = statistics.add(self.extractor(frames))
@@ -403,8 +407,8 @@ class _Work:
     """The history with what the model predicts after it; one compilation serves all batches."""
     rows = np.minimum(np.arange(self.options.batch_size), len(frames) - 1)
     history = frames[:, :self.protocol.history]
-    made = model.continue_video(history[rows], self.protocol.frames - self.protocol.history,
-                                rng=rng)
+    made = prediction.continued(model, history[rows],
+                                self.protocol.frames - self.protocol.history, rng=rng)
     return np.concatenate([history, made[:len(frames)]], axis=1)
 
   def _resized(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> UInt8[np.ndarray, "B T h w 3"]:

@@ -24,7 +24,7 @@ from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import ledger as ledger_lib
 from videogpt_jax.evaluation import report as report_lib
 
-LOSSES = "loss.json"
+LOSSES, PLOT = "loss.json", "loss.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +102,12 @@ def run(out: pathlib.Path, options: Options) -> report_lib.Report:
   """
   settings = options.config.to_dict()
   ledger = ledger_lib.Ledger(out, {"benchmark": "loss", "config": settings},
-                             restart=options.restart)
+                             restart=options.restart,
+                             outputs=(LOSSES, PLOT, *report_lib.OUTPUTS))
   losses = held_out_loss(options.config, options.checkpoints, ledger)
   if jax.process_index() == 0:
     files.write_json(out / LOSSES, {"config": settings, "held_out": losses})
-    telemetry.plot_held_out(losses, out / "loss.png")
+    telemetry.plot_held_out(losses, out / PLOT)
   return _report(losses, settings)
 
 

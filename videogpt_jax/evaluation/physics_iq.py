@@ -33,6 +33,7 @@ from videogpt_jax.data import video
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import ledger as ledger_lib
 from videogpt_jax.evaluation import physics_iq_report
+from videogpt_jax.evaluation import prediction
 from videogpt_jax.evaluation import progress as progress_lib
 from videogpt_jax.evaluation import report as report_lib
 from videogpt_jax.metrics.physics_iq import files
@@ -43,6 +44,7 @@ from videogpt_jax.metrics.physics_iq.protocol import Case
 from videogpt_jax.metrics.physics_iq.protocol import Protocol
 
 SHIPPED, LOSSLESS = "shipped", "lossless"
+RESULTS, SHOWN = "results", "shown"  # folders of the results
 
 # Takes frames uint8 [B, h, H, W, 3], a number n and a key; returns uint8 [B, n, H, W, 3].
 Predict = Callable[[np.ndarray, int, PRNGKeyArray], np.ndarray]
@@ -169,6 +171,11 @@ def needs_weights(options: Options) -> bool:
   return not options.generated
 
 
+def only_prints(options: Options) -> bool:
+  """Whether nothing is to be written: what an evaluation left in the folder stays."""
+  return options.check
+
+
 def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
         ) -> report_lib.Report:
   """Predicts the videos of the data set, unless they are given, and scores them; see the module.
@@ -180,7 +187,8 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
 
   Raises:
     InputError: the data set or the generated videos are not what the protocol asks for; the
-      model cannot predict so many frames at once; or see `ledger.Ledger`.
+      model cannot predict so many frames at once, or predicts what is no number; or see
+      `ledger.Ledger`.
   """
   if options.check:
     dataset = files.find(options.data, options.protocol)
@@ -190,7 +198,7 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
   predictor = None if weights is None or options.generated else of_weights(weights, options)
   found = measure(predictor, out, options)
   return physics_iq_report.report(
-    found.model, found.dataset, found.videos, found.rows, found.score, out / "shown",
+    found.model, found.dataset, found.videos, found.rows, found.score, out / SHOWN,
     {"checkpoint": weights.path if weights and predictor else None,
      "generated": options.generated or str(out / found.model), "data": options.data,
      "protocol": dataclasses.asdict(options.protocol), "clip_frames": options.clip_frames,
@@ -215,7 +223,7 @@ def of_weights(weights: weights_lib.Weights, options: Options) -> Predictor:
                    weights.model.patch_size)
 
   def predict(frames: np.ndarray, count: int, rng: PRNGKeyArray) -> np.ndarray:
-    return weights.continue_video(frames, count, clip_frames=clip_frames, rng=rng)
+    return prediction.continued(weights, frames, count, clip_frames=clip_frames, rng=rng)
 
   name = options.model or pathlib.Path(weights.path).resolve().name
   return Predictor(name, {**weights_lib.identity(weights), "clip_frames": clip_frames}, predict,
@@ -243,15 +251,17 @@ def measure(predictor: Predictor | None, out: pathlib.Path, options: Options) ->
   files.check_real(dataset, conditioning=predictor is not None)
   ledger = ledger_lib.Ledger(out, {
     "benchmark": "physics_iq", "model": model, **identity,
-    "protocol": dataclasses.asdict(options.protocol)}, restart=options.restart)
+    "protocol": dataclasses.asdict(options.protocol)}, restart=options.restart,
+    outputs=(*([] if predictor is None else [model]), RESULTS, SHOWN, *report_lib.OUTPUTS),
+    inputs=(options.data, options.generated))
   if predictor is not None:
     _predict(predictor, dataset, folder, ledger, options)
   videos = files.generated(folder, dataset.cases)
   files.check_generated(videos, options.protocol)
-  rows, shipped = _score(dataset, videos, out / "shown", ledger, options)
+  rows, shipped = _score(dataset, videos, out / SHOWN, ledger, options)
   if jax.process_index() == 0:
-    files_lib.make_folder(out / "results")
-    scores.write(out / "results" / f"{model}.csv", rows)
+    files_lib.make_folder(out / RESULTS)
+    scores.write(out / RESULTS / f"{model}.csv", rows)
   return Found(model, dataset, videos, rows, scores.score(rows), shipped)
 
 
@@ -271,7 +281,8 @@ def _predict(predictor: Predictor, dataset: files.Dataset, folder: pathlib.Path,
     batch = items[item]
     rows = np.minimum(np.arange(size), len(batch) - 1)  # one shape, one compilation
     rng = jax.random.fold_in(jax.random.key(options.seed), list(items).index(item))
-    predicted = predictor.predict(frames[rows], options.protocol.prediction_frames, rng)
+    with prediction.of(f"{item}, videos from {batch[0].generated} on"):
+      predicted = predictor.predict(frames[rows], options.protocol.prediction_frames, rng)
     digests = {}
     for case, made in zip(batch, predicted, strict=False):
       path = folder / case.generated

@@ -33,6 +33,7 @@ from videogpt_jax import weights as weights_lib
 from videogpt_jax.data import video
 from videogpt_jax.data import world
 from videogpt_jax.errors import InputError
+from videogpt_jax.evaluation import ledger as ledger_lib
 from videogpt_jax.evaluation import physics_iq
 from videogpt_jax.evaluation import physics_iq_report
 from videogpt_jax.evaluation import report as report_lib
@@ -41,7 +42,7 @@ from videogpt_jax.metrics.physics_iq.protocol import Case
 from videogpt_jax.metrics.physics_iq.protocol import Protocol
 
 TRUTH, MODEL, COPY, NOISE = "truth", "model", "copy_last", "noise"
-DATA = "physics-IQ-benchmark"
+DATA = "data"
 
 _SCALE = 4  # filmed so much larger than the world is: compared is at a quarter
 _DISTURBED = 0.03  # of the velocities, relative standard deviation
@@ -97,18 +98,26 @@ def run(weights: weights_lib.Weights, out: pathlib.Path, options: Options) -> re
 
   Raises:
     InputError: the weights were not trained on a simulated world, or its rate is none of
-      Physics-IQ's; or see `physics_iq.measure`.
+      Physics-IQ's; `out` holds what this benchmark did not write under its names; or see
+      `physics_iq.measure`.
   """
   if weights.config["data"].get("source", "world") != "world":
     raise InputError(f"{weights.path} was not trained on the simulated world, of which the scenes "
                      "of physics_mini are")
   settings = world.Settings(**weights.config["world"])
   protocol = protocol_of(settings, weights.config["sample"]["history"], options.scenes)
-  distributed.from_first(lambda: _write(settings, protocol, out, options))
   base = physics_iq.Options(data=str(out / DATA), protocol=protocol, clip_frames=0,
                             batch_size=options.batch_size, seed=options.seed,
                             workers=options.workers, lossless=True, restart=options.restart)
   model = dataclasses.replace(physics_iq.of_weights(weights, base), name=MODEL)
+  # One for all, before anything is written: what is in the folders of the predictors says
+  # nothing about the weights and the seed of the others.
+  ledger_lib.Ledger(out, {
+    "benchmark": "physics_mini", **model.identity, "world": dataclasses.asdict(settings),
+    "protocol": dataclasses.asdict(protocol), "scenes": options.scenes, "seed": options.seed,
+    "batch_size": options.batch_size}, restart=options.restart,
+    outputs=(DATA, TRUTH, MODEL, COPY, NOISE, *report_lib.OUTPUTS), exclusive=True)
+  distributed.from_first(lambda: _write(settings, protocol, out, options))
   found = {}
   for name, predictor in {TRUTH: None, MODEL: model, COPY: _simple(COPY, copy_last, model),
                           NOISE: _simple(NOISE, noise, model)}.items():
@@ -215,12 +224,10 @@ def _simple(name: str, predict: physics_iq.Predict, like: physics_iq.Predictor
 
 def _write(settings: world.Settings, protocol: Protocol, out: pathlib.Path, options: Options
            ) -> None:
-  """The data set and, as generated videos, its second takes; anew: the same files come out."""
+  """The data set and, as generated videos, its second takes; again: the same files come out."""
   folder = out / DATA
-  shutil.rmtree(folder, ignore_errors=True)
   cases = write_dataset(settings, protocol, folder, options.seed)
   truth = out / TRUTH / "videos"
-  shutil.rmtree(truth, ignore_errors=True)
   files_lib.make_folder(truth)
   fps = protocol.fps
   for case in cases:

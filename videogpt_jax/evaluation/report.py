@@ -22,6 +22,7 @@ from videogpt_jax.evaluation import ledger
 
 Cell = str | float | None
 RESULTS, VALUES, PAGE, PLOTS = "results.json", "results.csv", "report.html", "plots"
+OUTPUTS = (RESULTS, VALUES, PAGE, PLOTS, "posters")  # whatever the benchmark; see `ledger.Ledger`
 LOWER, HIGHER, ZERO = "lower", "higher", "zero"  # what is better: the latter, nearer to 0
 
 _MOST_DECIMALS = 6

@@ -24,6 +24,7 @@ from videogpt_jax.data import video
 from videogpt_jax.data import world
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import ledger as ledger_lib
+from videogpt_jax.evaluation import prediction
 from videogpt_jax.evaluation import progress as progress_lib
 from videogpt_jax.evaluation import report as report_lib
 from videogpt_jax.metrics import baselines
@@ -33,7 +34,7 @@ from videogpt_jax.metrics import world as detector
 
 SUMMARY = "summary.json"
 PLOT = "evidence.png"
-PREDICTIONS = "predictions"
+PREDICTIONS, GIFS = "predictions", "gifs"
 SHOWN_BASELINES = ("constant_velocity", "copy_last")  # beside truth and model
 
 _GIFS = 4  # videos that have one
@@ -96,7 +97,7 @@ def run(weights: weights_lib.Weights, out: pathlib.Path, options: Options) -> re
 
   Raises:
     InputError: the weights were not trained on a simulated world, which leaves nothing to
-      predict; or see `ledger.Ledger`.
+      predict; they predict what is no number; or see `ledger.Ledger`.
   """
   if weights.config["data"].get("source", "world") != "world":
     raise InputError(f"{weights.path} was not trained on the simulated world, which alone knows "
@@ -108,7 +109,7 @@ def run(weights: weights_lib.Weights, out: pathlib.Path, options: Options) -> re
   began = time.perf_counter()
 
   def predict(histories: np.ndarray, count: int, rng: PRNGKeyArray) -> np.ndarray:
-    return weights.continue_video(histories, count, rng=rng)
+    return prediction.continued(weights, histories, count, rng=rng)
 
   found, videos = measure(predict, settings, weights.config["sample"]["history"], out, options,
                           weights_lib.identity(weights))
@@ -158,7 +159,8 @@ def measure(predict: Predict, settings: world.Settings, history: int, out: pathl
     "benchmark": "world", **identity, "world": dataclasses.asdict(settings), "history": history,
     "videos": options.videos, "samples": options.samples, "seed": options.seed,
     "batch_size": options.batch_size, "fit_videos": options.fit_videos,
-    **({"lpips": list(options.lpips)} if options.lpips else {})}, restart=options.restart)
+    **({"lpips": list(options.lpips)} if options.lpips else {})}, restart=options.restart,
+    outputs=(PREDICTIONS, GIFS, SUMMARY, PLOT, *report_lib.OUTPUTS))
   unfinished = ledger.mine(list(starts))
   if unfinished:
     batches = _Batches(predict, settings, history, out, options)
@@ -190,7 +192,7 @@ class _Batches:
     self._fitted = baselines.fit(settings, np.stack(training), history, self._count)
     self._hidden = detector.hidden_pixels(settings)
     self._lpips = lpips_lib.Lpips(*options.lpips) if options.lpips else None
-    for folder in (out / PREDICTIONS, out / "gifs"):
+    for folder in (out / PREDICTIONS, out / GIFS):
       files.make_folder(folder)
 
   def __call__(self, start: int, length: int) -> dict[str, Any]:
@@ -220,7 +222,8 @@ class _Batches:
     rng = jax.random.fold_in(jax.random.key(self._options.seed), start // size)
     for sample in range(self._options.samples):
       key = jax.random.fold_in(rng, sample) if sample else rng
-      part = np.asarray(self._predict(histories[rows], self._count, key))
+      with prediction.of(f"batch of videos {start} to {start + len(histories) - 1}"):
+        part = np.asarray(self._predict(histories[rows], self._count, key))
       expected = (size, self._count, *histories.shape[2:])
       if part.shape != expected or part.dtype != np.uint8:
         raise InputError(
@@ -255,7 +258,7 @@ def _video_files(out: pathlib.Path, index: int, titles: Iterable[str]) -> dict[s
 
 
 def _gif(out: pathlib.Path, index: int) -> pathlib.Path:
-  return out / "gifs" / f"held_out_{index:03d}.gif"
+  return out / GIFS / f"held_out_{index:03d}.gif"
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> evidence_lib.Scores:

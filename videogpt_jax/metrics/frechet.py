@@ -114,7 +114,7 @@ def of(features: Float[np.ndarray, "n D"], kind: Mapping[str, Any] | None = None
   if len(bad):
     raise InputError(
       f"{len(bad)} of {len(rows)} feature rows hold NaN or infinite numbers, the first is row "
-      f"{bad[0]}; look at its video (a model that has diverged predicts such frames)")
+      f"{bad[0]}; frames are bytes, so look at the weights that make the features")
   if not len(rows):
     return empty(rows.shape[1], kind, source)
   mean = rows.mean(axis=0)
