@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import xml.etree.ElementTree
 
 from PIL import Image
@@ -63,6 +64,52 @@ def test_a_curve_has_a_gap_where_there_is_no_value():
   assert max(path.count("M") for path in paths) == 2
   texts = [x.text for x in tree.iter("{http://www.w3.org/2000/svg}text")]
   assert {"a", "b", "x"} <= set(texts)
+
+
+_SVG = "{http://www.w3.org/2000/svg}"
+
+
+def _bars(tree, colour):
+  """Width and middle of every bar of a colour, as they are drawn."""
+  found = []
+  for path in tree.iter(f"{_SVG}path"):
+    if colour in (path.get("style") or "") and path.get("clip-path"):
+      numbers = [float(x) for x in re.findall(r"-?[\d.]+", path.get("d"))]
+      found.append((max(numbers[::2]) - min(numbers[::2]),
+                    (max(numbers[1::2]) + min(numbers[1::2])) / 2))
+  return found
+
+
+def test_ranked_bars_lie_below_each_other_the_highest_first():
+  names = [f"scenario-{i}" for i in range(66)]
+  values = [float(7 * i % 66) for i in range(66)]
+  values[3] = math.nan
+  tree = xml.etree.ElementTree.fromstring(curves.svg(report_lib.Plot(
+    "Score", names, {"ours": values}, "score", ranked=True)))
+  labels = [x for x in tree.iter(f"{_SVG}text") if (x.text or "").startswith("scenario-")]
+  by_value = sorted(range(66), key=lambda i: math.inf if i == 3 else -values[i])
+  assert [x.text for x in labels] == [names[i] for i in by_value]
+  places = [float(re.search(r"translate\(\S+ ([\d.]+)\)", x.get("transform"))[1])
+            if "translate" in (x.get("transform") or "") else float(x.get("y")) for x in labels]
+  assert min(b - a for a, b in zip(places, places[1:], strict=False)) > 11  # pt: 8 are a letter's
+  widths, middles = zip(*_bars(tree, "#d1342f"), strict=True)
+  assert list(middles) == sorted(middles) and list(widths) == sorted(widths, reverse=True)
+  unit = widths[0] / 65
+  assert widths[1] == pytest.approx(64 * unit, rel=1e-3) and widths[-1] == 0
+  texts = [x.text for x in tree.iter(f"{_SVG}text")]
+  assert {"65", "64", "-"} <= set(texts)
+
+
+def test_ranked_bars_of_several_keep_to_their_names():
+  plot = report_lib.Plot("Score", ["low", "high"], {"ours": [1.0, 2.0], "theirs": [40.0, 30.0]},
+                         ranked=True)
+  tree = xml.etree.ElementTree.fromstring(curves.svg(plot))
+  texts = [x.text for x in tree.iter(f"{_SVG}text") if x.text in ("low", "high")]
+  assert texts == ["high", "low"]
+  (ours_high, _), (ours_low, _), *_ = _bars(tree, "#d1342f")
+  (theirs_high, _), (theirs_low, _), *_ = _bars(tree, "#3b74b8")
+  assert ours_high / ours_low == pytest.approx(2, rel=1e-3)
+  assert theirs_high / theirs_low == pytest.approx(30 / 40, rel=1e-3)
 
 
 def test_a_table_of_unequal_rows_is_a_defect():

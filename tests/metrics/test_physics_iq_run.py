@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from videogpt_jax.data import world
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import physics_iq
 from videogpt_jax.evaluation import physics_mini
+from videogpt_jax.evaluation import report as report_lib
 from videogpt_jax.metrics.physics_iq import protocol as protocol_lib
 from videogpt_jax.metrics.physics_iq import scores
 from videogpt_jax.metrics.physics_iq.protocol import Protocol
@@ -39,6 +41,18 @@ def _perfect(data, folder):
   for number, path in enumerate(takes, start=1):
     shutil.copyfile(path, folder / f"{number:04d}_take2.mp4")
   return folder
+
+
+def as_opencv_writes(folder, to):
+  """Copies videos of 8 frames a second as MPEG-4 Part 2."""
+  to.mkdir()
+  for path in folder.iterdir():
+    frames = video.read(path).frames
+    writer = cv2.VideoWriter(str(to / path.name), cv2.VideoWriter_fourcc(*"mp4v"), 8,
+                             frames.shape[2:0:-1])
+    for frame in frames:
+      writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
 
 
 class Copies:
@@ -175,6 +189,50 @@ def test_report(data, tmp_path):
     "What the score is made of", "By category", "By scenario"]
   assert len(report.videos) == 6
   for row in report.videos:
-    assert row.files.keys() == {"truth", "prediction", "motion"}
+    assert list(row.files) == ["truth", "prediction", "motion"]
     assert all(len(video.read(path).frames) == 8 for path in row.files.values())
   json.dumps(report.summary)
+
+
+def test_scores_by_category_and_scenario_are_drawn(data, tmp_path):
+  own = shutil.copytree(data, tmp_path / "data")
+  lines = (own / "descriptions.csv").read_text().splitlines()
+  (own / "descriptions.csv").write_text("\n".join(lines[:1] + [re.sub(
+    r"(scene-(\d)\.mp4),.*,(\d{4}_perspective)", r"\1,words,kind \2,\3", x) for x in lines[1:]]))
+  folder = _perfect(data, tmp_path / "made")
+  for path in sorted(folder.iterdir())[3:]:  # the second scenario's do not move
+    video.write_mp4(path, np.repeat(video.read(path).frames[:1], 8, axis=0), 8)
+  report = physics_iq.run(None, tmp_path / "out", _options(own, generated=str(folder)))
+  plots = {plot.title: plot for plot in report.plots}
+  category, scenario = plots["Score by category"], plots["Score by scenario"]
+  assert list(category.x) == ["kind 0", "kind 1"] and list(scenario.x) == ["scene-0", "scene-1"]
+  for plot in (category, scenario):
+    (good, bad), = plot.curves.values()
+    assert plot.ranked and good > 90 and bad < 40
+  table = next(table for table in report.tables if table.title == "By scenario")
+  assert [row[1] for row in table.rows] == scenario.curves["prediction"]
+  (own / "descriptions.csv").unlink()
+  report = physics_iq.run(None, tmp_path / "out", _options(own, generated=str(folder)))
+  assert {"Score by category", "Score by scenario"} - {plot.title for plot in report.plots} == {
+    "Score by category"}
+
+
+def test_the_page_has_its_own_videos_that_browsers_play(data, tmp_path):
+  """Of videos elsewhere, as OpenCV writes them; as they are they would not play."""
+  folder, out = tmp_path / "theirs", tmp_path / "out"
+  as_opencv_writes(_perfect(data, tmp_path / "perfect"), folder)
+  report = physics_iq.run(None, out, _options(data, generated=str(folder)))
+  for number, row in enumerate(report.videos, start=1):
+    for path in row.files.values():
+      assert path.is_relative_to(out / "shown")
+      with av.open(path) as file:
+        codec = file.streams.video[0].codec_context
+        assert (codec.name, codec.pix_fmt) == ("h264", "yuv420p")
+    theirs = video.read(folder / f"{number:04d}_take2.mp4").frames
+    shown = video.read(row.files["prediction"]).frames
+    assert theirs.shape == (8, 128, 128, 3) and shown.shape == (8, 32, 32, 3)
+    smaller = theirs.reshape(8, 32, 4, 32, 4, 3).mean((2, 4))
+    assert np.abs(smaller - shown).mean() < 4 < np.abs(smaller[..., ::-1] - shown).mean()
+  for path in report_lib.write(report, out):
+    if path.suffix in (".html", ".json"):
+      assert not re.search(r'"[^"]*\.\./[^"]*mp4"', path.read_text())  # moves with the page
