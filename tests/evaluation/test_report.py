@@ -1,6 +1,8 @@
 """Reports: what is printed and written says what was measured."""
 
 import csv
+import dataclasses
+import itertools
 import json
 import math
 import re
@@ -89,9 +91,8 @@ def test_ranked_bars_lie_below_each_other_the_highest_first():
   labels = [x for x in tree.iter(f"{_SVG}text") if (x.text or "").startswith("scenario-")]
   by_value = sorted(range(66), key=lambda i: math.inf if i == 3 else -values[i])
   assert [x.text for x in labels] == [names[i] for i in by_value]
-  places = [float(re.search(r"translate\(\S+ ([\d.]+)\)", x.get("transform"))[1])
-            if "translate" in (x.get("transform") or "") else float(x.get("y")) for x in labels]
-  assert min(b - a for a, b in zip(places, places[1:], strict=False)) > 11  # pt: 8 are a letter's
+  places = [float(x.get("y")) for x in labels]
+  assert min(b - a for a, b in itertools.pairwise(places)) > 11  # pt, of letters of 8
   widths, middles = zip(*_bars(tree, "#d1342f"), strict=True)
   assert list(middles) == sorted(middles) and list(widths) == sorted(widths, reverse=True)
   unit = widths[0] / 65
@@ -110,6 +111,20 @@ def test_ranked_bars_of_several_keep_to_their_names():
   (theirs_high, _), (theirs_low, _), *_ = _bars(tree, "#3b74b8")
   assert ours_high / ours_low == pytest.approx(2, rel=1e-3)
   assert theirs_high / theirs_low == pytest.approx(30 / 40, rel=1e-3)
+
+
+def test_the_page_reads_the_rate_of_videos_and_says_orange_where_something_is_given(tmp_path):
+  report = example_report.report(tmp_path)
+  rows = [dataclasses.replace(row, fps=0.0, given=0) for row in report.videos]
+  broken = tmp_path / "clips" / "broken.mp4"
+  broken.write_bytes(b"no video")
+  rows.append(report_lib.VideoRow("broken", {"truth": broken}, {}))
+  report_lib.write(dataclasses.replace(report, videos=rows), tmp_path)
+  page = (tmp_path / report_lib.PAGE).read_text()
+  assert re.findall(r'data-fps="([^"]*)"', page) == ["8", "8", "0"]
+  assert "orange" not in page
+  report_lib.write(report, tmp_path)
+  assert "orange" in (tmp_path / report_lib.PAGE).read_text()
 
 
 def test_a_table_of_unequal_rows_is_a_defect():

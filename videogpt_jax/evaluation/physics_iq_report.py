@@ -1,6 +1,7 @@
 """What Physics-IQ found, beside what others published."""
 
 from collections.abc import Mapping, Sequence
+import math
 import pathlib
 from typing import Any
 
@@ -36,6 +37,7 @@ MEASURES = (("spatial", "spatial IoU"), ("spatiotemporal", "spatiotemporal IoU")
             ("weighted_spatial", "weighted spatial IoU"), ("mse", "MSE"))
 _PREFIX = "trimmed-"  # of every scenario's name
 _SCORE = "Physics-IQ score, 0 to 100"
+_SCORE_DIGITS = 4  # of the means of the takes
 _BY_FRAME = (("spatiotemporal_iou_v1", "variance_spatiotemporal_iou", "Spatiotemporal IoU"),
              ("v1_mse", "variance_mse", "MSE"))
 
@@ -119,9 +121,18 @@ def _categories(dataset: files.Dataset, rows: scores.Rows) -> list[report_lib.Ta
   found = {category: scores.score(part) for category, part in parts.items()}
   return [report_lib.Table(
     "By category", ["category", "scenarios", "score", *(title for _, title in MEASURES)],
-    [[category, len(parts[category]), x.score, *(getattr(x, name) for name, _ in MEASURES)]
+    [[category, len(parts[category]), _of_part(x), *(getattr(x, name) for name, _ in MEASURES)]
      for category, x in found.items()],
     "each score is of the category's scenarios alone")]
+
+
+def _of_part(score: scores.Score) -> float:
+  """The score of few rows; NaN where an overlap between their takes is 0 to the score's digits.
+
+  The score would divide by it, and be 100 for whatever prediction.
+  """
+  overlaps = [score.variance[name] for name, _ in MEASURES if name != "mse"]
+  return score.score if all(round(x, _SCORE_DIGITS) for x in overlaps) else math.nan
 
 
 def _by_category(dataset: files.Dataset, rows: scores.Rows) -> dict[str, scores.Rows]:
@@ -136,7 +147,7 @@ def _by_category(dataset: files.Dataset, rows: scores.Rows) -> dict[str, scores.
 def _scenarios(rows: scores.Rows) -> report_lib.Table:
   return report_lib.Table(
     "By scenario", ["scenario", "score", *(title for _, title in MEASURES)],
-    [[scenario, scores.score({scenario: views}).score,
+    [[scenario, _of_part(scores.score({scenario: views})),
       *(float(np.mean([_view(views[view])[title] for view in protocol_lib.VIEWS]))
         for _, title in MEASURES)] for scenario, views in rows.items()],
     "each score is of the scenario's three views alone")
@@ -154,7 +165,7 @@ def _plots(dataset: files.Dataset, rows: scores.Rows) -> list[report_lib.Plot]:
   scenarios = {name.removeprefix(_PREFIX): {name: views} for name, views in rows.items()}
   for title, parts in (("category", _by_category(dataset, rows)), ("scenario", scenarios)):
     if parts:
-      found = [scores.score(part).score for part in parts.values()]
+      found = [_of_part(scores.score(part)) for part in parts.values()]
       plots.append(report_lib.Plot(f"Score by {title}", list(parts), {pictures.PREDICTION: found},
                                    _SCORE, ranked=True))
   return plots
