@@ -15,7 +15,7 @@ _SIZE = (6.4, 4.0)  # inches
 _TITLE = 80  # characters of a line
 _LEGEND_COLUMNS = 4
 _BAR, _NAME, _AROUND = 0.09, 0.19, 0.9  # inches: a lying bar, a name at least; axis, legend
-_BAR_FONT, _BAR_DIGITS = 8, 3  # points; of the largest value
+_BAR_FONT, _BAR_DIGITS = 8, 4  # points; of the largest value
 _FIRST = "#d1342f"  # the model
 _OTHERS = ("#3b74b8", "#2e8b57", "#b8860b", "#8e63a8", "#5f9ea0", "#7f7f7f", "#bc8f5f")
 
