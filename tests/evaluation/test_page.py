@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pathlib
 import shutil
 
 from PIL import Image
@@ -13,12 +14,15 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import example_report
+import physics_small
+from videogpt_jax.evaluation import physics_iq
 from videogpt_jax.evaluation import report as report_lib
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 pytestmark = pytest.mark.skipif(
-  not (BROWSER and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver")
+  not (BROWSER and DRIVER), reason="no chromium or chromedriver; on Debian, as root: apt-get "
+  "update && apt-get install --no-install-recommends chromium chromium-driver")
 
 _ARGUMENTS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
               "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -27,19 +31,41 @@ _ARGUMENTS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("page with a space & more")
-  report_lib.write(example_report.report(folder), folder)
   options = webdriver.ChromeOptions()
   options.binary_location = BROWSER
   for argument in (*_ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
     options.add_argument(argument)
   with contextlib.closing(_Driver(webdriver.Chrome(options, Service(DRIVER)))) as driver:
-    driver.folder = folder
     yield driver
 
 
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("page with a space & more")
+  report_lib.write(example_report.report(folder), folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+  """What Physics-IQ wrote of videos as OpenCV writes them, moved away from all it was made of."""
+  made = tmp_path_factory.mktemp("made")
+  small = physics_small.write(made / "data")
+  generated = physics_small.as_opencv_writes(
+    physics_small.second_takes(made / "data", made / "takes"), made / "theirs")
+  out = made / "out"
+  report_lib.write(physics_iq.run(None, out, physics_iq.Options(
+    data=str(made / "data"), generated=str(generated), protocol=small, workers=1)), out)
+  folder = tmp_path_factory.mktemp("elsewhere") / "published"
+  shutil.move(out, folder)
+  shutil.rmtree(made)
+  return folder
+
+
 class _Driver:
-  """A page opened from disk."""
+  """A page opened from disk, from `folder`."""
+
+  folder = pathlib.Path()
 
   def __init__(self, chrome):
     self.chrome = chrome
@@ -47,7 +73,9 @@ class _Driver:
   def close(self):
     self.chrome.quit()
 
-  def open(self):
+  def open(self, folder=None):
+    self.folder = folder or self.folder
+    self.chrome.get_log("browser")  # of what was open before
     self.chrome.get((self.folder / report_lib.PAGE).as_uri())
     self.run("document.getElementById('settings').scrollIntoView({block: 'end'})")
     return self
@@ -58,21 +86,27 @@ class _Driver:
   def run(self, script):
     return self.chrome.execute_script(f"return {script}")
 
+  def used(self):
+    """Addresses of all that is loaded; of files `performance` has none."""
+    assert not self.all("link, script[src], img, iframe, source")
+    return self.run(
+      "[...document.querySelectorAll('video')].flatMap(v => [v.currentSrc, v.poster])")
+
   def wait(self, script):
     WebDriverWait(self.chrome, 30).until(lambda _: self.run(script), script)
 
 
 @pytest.fixture
-def page(browser):
-  return browser.open()
+def page(browser, example):
+  return browser.open(example)
 
 
 def test_nothing_is_missing_or_from_elsewhere(page):
   page.wait("[...document.querySelectorAll('video')].every(v => v.readyState === 4)")
   assert page.chrome.get_log("browser") == []
   assert page.chrome.title == "A & B"
-  used = page.run("performance.getEntriesByType('resource').map(x => x.name)")
-  assert {name.split("/")[-2] for name in used} <= {"clips", "posters"}
+  used = page.used()
+  assert {name.split("/")[-2] for name in used} == {"clips", "posters"}
   assert all(name.startswith(page.folder.as_uri()) for name in used)
   assert [x.text for x in page.all("#videos td.name span")] == ["ball 0 <b>", "ball 1 <b>"]
   assert page.run("[...document.querySelectorAll('video')].map(v => [v.videoWidth, v.duration])"
@@ -155,3 +189,44 @@ def test_a_missing_video_is_said_to_be_missing(page):
     page.open().wait("document.querySelectorAll('td.broken').length === 1")
   finally:
     path.write_bytes(kept)
+
+
+def test_the_page_of_a_benchmark_plays_where_it_was_moved(browser, benchmark):
+  """Every row is scrolled to, since only those in view are loaded."""
+  page = browser.open(benchmark)
+  assert len(page.all("#videos video")) == 6 * 3 and len(page.all("#videos tbody tr")) == 6
+  for i in range(6):
+    page.run(f"rows[{i}].element.scrollIntoView({{block: 'center'}})")
+    page.wait(f"rows[{i}].videos.every(v => v.readyState >= 2)")
+    shown = page.run(f"rows[{i}].videos.map(v => [v.videoWidth, v.duration, v.poster !== ''])")
+    assert shown == [[32, 1, True]] * 3
+    page.wait(f"rows[{i}].videos.every(v => v.currentTime > 0)")
+    assert all(name.startswith(benchmark.as_uri()) for name in page.used() if name)
+  assert not page.all("td.broken")
+  assert [x.text for x in page.all("figure h3")] == [
+    "Spatiotemporal IoU by time", "MSE by time", "Score by category", "Score by scenario"]
+  assert page.run("document.documentElement.scrollWidth <= innerWidth")
+  assert page.chrome.get_log("browser") == []
+
+
+def test_the_page_of_a_benchmark_sorts_and_filters(browser, benchmark):
+  page = browser.open(benchmark)
+  headings = [x.text for x in page.all("#videos th.number button")]
+  assert headings == ["spatial IoU", "spatiotemporal IoU", "weighted spatial IoU", "MSE"]
+  page.run("document.querySelector('#videos').scrollIntoView()")
+  for i, cell in ((0, 5), (3, 8)):  # name and three videos come before
+    values = lambda cell=cell: [float(x.text) for x in page.all(
+      f"#videos tbody td:nth-child({cell})")]
+    before = values()
+    for way in (True, False):
+      page.all("#videos th.number button")[i].click()
+      assert values() == sorted(before, reverse=way)
+    assert len(set(before)) > 1
+  box = page.all("#filter")[0]
+  example = box.get_attribute("placeholder").rpartition(" ")[2]
+  assert example == "spatialIoU>0.01"
+  for text, count in ((example, 6), ("spatialIoU>1", 0), ("left scene-1", 1)):
+    box.clear()
+    box.send_keys(text)
+    assert page.all("#count")[0].text == f"{count} of 6"
+  assert page.chrome.get_log("browser") == []

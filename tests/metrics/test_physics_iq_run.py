@@ -8,37 +8,28 @@ import shutil
 import subprocess
 import sys
 
+import av
 import cv2
 import numpy as np
 import pytest
 
 import processes
+import physics_small
 from videogpt_jax.data import video
-from videogpt_jax.data import world
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import physics_iq
+from videogpt_jax.evaluation import physics_iq_report
 from videogpt_jax.evaluation import physics_mini
+from videogpt_jax.evaluation import report as report_lib
 from videogpt_jax.metrics.physics_iq import protocol as protocol_lib
 from videogpt_jax.metrics.physics_iq import scores
 from videogpt_jax.metrics.physics_iq.protocol import Protocol
-
-PROTOCOL = Protocol(fps=8, conditioning_s=0.5, prediction_s=1.0, scenarios=2)
-WORLD = world.Settings(size=32, frames=12, objects=(1, 1), speed=(2.0, 2.5))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data") / "physics-IQ-benchmark"
-  physics_mini.write_dataset(WORLD, PROTOCOL, folder, seed=0)
-  return folder
-
-
-def _perfect(data, folder):
-  """The second takes, as if somebody had generated them."""
-  folder.mkdir()
-  takes = sorted((data / "split-videos/testing/8FPS").iterdir())[6:]
-  for number, path in enumerate(takes, start=1):
-    shutil.copyfile(path, folder / f"{number:04d}_take2.mp4")
+  physics_small.write(folder)
   return folder
 
 
@@ -60,7 +51,7 @@ class Copies:
 
 
 def _options(data, **changes):
-  return physics_iq.Options(data=str(data), protocol=PROTOCOL, workers=1, **changes)
+  return physics_iq.Options(data=str(data), protocol=physics_small.PROTOCOL, workers=1, **changes)
 
 
 def test_writes_what_the_official_script_takes(data, tmp_path):
@@ -214,7 +205,7 @@ def test_two_processes_of_two_devices_find_what_one_does(data, tmp_path):
 
 
 def test_command(data, tmp_path):
-  folder = _perfect(data, tmp_path / "perfect")
+  folder = physics_small.second_takes(data, tmp_path / "perfect")
 
   def run(*arguments):
     return subprocess.run(
@@ -239,7 +230,7 @@ def test_command(data, tmp_path):
 
 
 def test_report(data, tmp_path):
-  folder = _perfect(data, tmp_path / "perfect")
+  folder = physics_small.second_takes(data, tmp_path / "perfect")
   report = physics_iq.run(None, tmp_path / "out", _options(data, generated=str(folder)))
   assert report.tables[0].rows[0] == ("perfect", "0.5 s, 8 frames/s", 100.0, "measured")
   assert "not the 66" in report.tables[0].note and "lossless" in report.tables[0].note
@@ -247,6 +238,66 @@ def test_report(data, tmp_path):
     "What the score is made of", "By category", "By scenario"]
   assert len(report.videos) == 6
   for row in report.videos:
-    assert row.files.keys() == {"truth", "prediction", "motion"}
+    assert list(row.files) == ["truth", "prediction", "motion"]
     assert all(len(video.read(path).frames) == 8 for path in row.files.values())
   json.dumps(report.summary)
+
+
+def test_scores_by_category_and_scenario_are_drawn(data, tmp_path):
+  own = shutil.copytree(data, tmp_path / "data")
+  lines = (own / "descriptions.csv").read_text().splitlines()
+  (own / "descriptions.csv").write_text("\n".join(lines[:1] + [re.sub(
+    r"(scene-(\d)\.mp4),.*,(\d{4}_perspective)", r"\1,words,kind \2,\3", x) for x in lines[1:]]))
+  folder = physics_small.second_takes(data, tmp_path / "made")
+  for path in sorted(folder.iterdir())[3:]:  # the second scenario's do not move
+    video.write_mp4(path, np.repeat(video.read(path).frames[:1], 8, axis=0), 8)
+  report = physics_iq.run(None, tmp_path / "out", _options(own, generated=str(folder)))
+  plots = {plot.title: plot for plot in report.plots}
+  category, scenario = plots["Score by category"], plots["Score by scenario"]
+  assert list(category.x) == ["kind 0", "kind 1"] and list(scenario.x) == ["scene-0", "scene-1"]
+  for plot in (category, scenario):
+    (good, bad), = plot.curves.values()
+    assert plot.ranked and good > 90 and bad < 40
+  table = next(table for table in report.tables if table.title == "By scenario")
+  assert [row[1] for row in table.rows] == scenario.curves["prediction"]
+  (own / "descriptions.csv").unlink()
+  report = physics_iq.run(None, tmp_path / "out", _options(own, generated=str(folder)))
+  assert {"Score by category", "Score by scenario"} - {plot.title for plot in report.plots} == {
+    "Score by category"}
+
+
+def test_where_takes_never_move_alike_there_is_no_score(data, tmp_path):
+  folder = physics_small.second_takes(data, tmp_path / "made")
+  found = physics_iq.measure(None, tmp_path / "out", _options(data, generated=str(folder)))
+  rows = {name: {view: dict(values) for view, values in views.items()}
+          for name, views in found.rows.items()}
+  for values in rows["trimmed-scene-1"].values():
+    values["variance_spatial"] = 0.0
+  assert scores.score({"trimmed-scene-1": rows["trimmed-scene-1"]}).score == 100
+  report = physics_iq_report.report("made", found.dataset, found.videos, rows, scores.score(rows),
+                                    tmp_path / "out" / "shown", {}, 0)
+  table = next(table for table in report.tables if table.title == "By scenario")
+  plot = next(plot for plot in report.plots if plot.title == "Score by scenario")
+  for first, second in ([row[1] for row in table.rows], plot.curves["prediction"]):
+    assert first > 90 and np.isnan(second)
+
+
+def test_the_page_has_its_own_videos_that_browsers_play(data, tmp_path):
+  """Of videos elsewhere, as OpenCV writes them; as they are they would not play."""
+  folder, out = tmp_path / "theirs", tmp_path / "out"
+  physics_small.as_opencv_writes(physics_small.second_takes(data, tmp_path / "perfect"), folder)
+  report = physics_iq.run(None, out, _options(data, generated=str(folder)))
+  for number, row in enumerate(report.videos, start=1):
+    for path in row.files.values():
+      assert path.is_relative_to(out / "shown")
+      with av.open(path) as file:
+        codec = file.streams.video[0].codec_context
+        assert (codec.name, codec.pix_fmt) == ("h264", "yuv420p")
+    theirs = video.read(folder / f"{number:04d}_perspective.mp4").frames
+    shown = video.read(row.files["prediction"]).frames
+    assert theirs.shape == (8, 128, 128, 3) and shown.shape == (8, 32, 32, 3)
+    smaller = theirs.reshape(8, 32, 4, 32, 4, 3).mean((2, 4))
+    assert np.abs(smaller - shown).mean() < 4 < np.abs(smaller[..., ::-1] - shown).mean()
+  for path in report_lib.write(report, out):
+    if path.suffix in (".html", ".json"):
+      assert not re.search(r'"[^"]*\.\./[^"]*mp4"', path.read_text())  # moves with the page

@@ -5,6 +5,7 @@ videos beside it are named by relative paths. `page.css` and `page.js` say how i
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import html
 import importlib.resources
 import io
@@ -24,6 +25,7 @@ from videogpt_jax.evaluation import report as report_lib
 
 POSTERS = "posters"
 _POSTER_WIDTH = 480  # px, at most
+_SIZE, _SMALL, _MANY = 160, 128, 5  # px, of a video at first; of one of so many in a row
 
 
 def write(report: report_lib.Report, path: pathlib.Path) -> None:
@@ -116,20 +118,22 @@ def _videos(rows: Sequence[report_lib.VideoRow], out: pathlib.Path) -> Iterator[
   toggles = "".join(
     f'<label><input type="checkbox" data-column="{i}" checked> {html.escape(name)}</label>'
     for i, name in enumerate(columns))
+  size = _SMALL if len(columns) >= _MANY else _SIZE
+  border = " An orange border: predicted." if any(row.given for row in rows) else ""
   yield f"""<section id="videos"><h2>Videos</h2>
 <div class="controls">
 <button id="play" title="Play or pause all (space)">Pause</button>
 <label>speed <select id="speed"><option>0.1</option><option>0.25</option><option>0.5</option>
 <option selected>1</option><option>2</option></select></label>
-<label>size <input id="size" type="range" min="64" max="640" step="16" value="160"></label>
+<label>size <input id="size" type="range" min="64" max="640" step="16" value="{size}"></label>
 <span class="columns">{toggles}</span>
 <input id="filter" type="search" placeholder="filter: words, {html.escape(_example(values))}"
  title="Words of the name; conditions on values, such as {html.escape(_example(values))}">
 <output id="count">{len(rows)} of {len(rows)}</output>
 </div>
 <p class="note help">Click a heading to sort, a video to hold its row. Space: play or pause all;
-← and →: one frame; /: filter. An orange border: predicted.</p>
-<div class="scroll"><table class="sortable videos"><thead><tr>"""
+← and →: one frame; /: filter.{border}</p>
+<div class="scroll"><table class="sortable videos" style="--size: {size}px"><thead><tr>"""
   yield _header("video", False)
   yield "".join(f'<th scope="col" class="film c{i}">{html.escape(name)}</th>'
                 for i, name in enumerate(columns))
@@ -142,15 +146,25 @@ def _videos(rows: Sequence[report_lib.VideoRow], out: pathlib.Path) -> Iterator[
                     for i, name in enumerate(columns))
     cells = "".join(_cell(row.values.get(name), text, False, True)
                     for name, text in zip(values, shown[1:], strict=True))
-    yield (f'<tr data-fps="{row.fps:g}" data-given="{row.given}"><td class="name">'
+    yield (f'<tr data-fps="{_fps(row):g}" data-given="{row.given}"><td class="name">'
            f'<span>{html.escape(row.name)}</span><input type="range" class="scrub" min="0" max="1"'
            f' step="any" value="0" aria-label="time"><output class="frame"></output></td>'
            f"{films}{cells}</tr>")
   yield "</tbody></table></div></section>"
 
 
+def _fps(row: report_lib.VideoRow) -> float:
+  """Frames a second of a row's videos, out of the first that says them; 0: unknown."""
+  for path in row.files.values() if not row.fps else ():
+    with contextlib.suppress(OSError, video.VideoError):
+      if fps := video.read_header(path)[1]:
+        return fps
+  return row.fps
+
+
 def _example(values: Sequence[str]) -> str:
-  return f"{values[0]}>0.01" if values else "such as ball"
+  """What a filter may be; a condition has no spaces, which part it from others."""
+  return f"{''.join(values[0].split())}>0.01" if values else "such as ball"
 
 
 def _film(row: report_lib.VideoRow, name: str, out: pathlib.Path) -> str:

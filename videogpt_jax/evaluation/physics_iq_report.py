@@ -1,6 +1,7 @@
 """What Physics-IQ found, beside what others published."""
 
 from collections.abc import Mapping, Sequence
+import math
 import pathlib
 from typing import Any
 
@@ -34,6 +35,9 @@ PUBLISHED: tuple[tuple[str, str, float, str], ...] = (
 )
 MEASURES = (("spatial", "spatial IoU"), ("spatiotemporal", "spatiotemporal IoU"),
             ("weighted_spatial", "weighted spatial IoU"), ("mse", "MSE"))
+_PREFIX = "trimmed-"  # of every scenario's name
+_SCORE = "Physics-IQ score, 0 to 100"
+_SCORE_DIGITS = 4  # of the means of the takes
 _BY_FRAME = (("spatiotemporal_iou_v1", "variance_spatiotemporal_iou", "Spatiotemporal IoU"),
              ("v1_mse", "variance_mse", "MSE"))
 
@@ -95,7 +99,7 @@ def _main(model: str, dataset: files.Dataset, score: scores.Score, variant: str
     f"{protocol.scenarios} scenarios and {protocol.prediction_s:g} s predicted, not the "
     f"{protocol_lib.SCENARIOS} and 5 s of the benchmark: no published score compares."))
   return report_lib.Table(
-    "Physics-IQ score, 0 to 100", ["model", "given", "score", "source"],
+    _SCORE, ["model", "given", "score", "source"],
     [(model, given, score.score, "measured"), *published], note,
     published=tuple(range(1, 1 + len(published))))
 
@@ -111,25 +115,42 @@ def _parts(score: scores.Score) -> report_lib.Table:
 
 def _categories(dataset: files.Dataset, rows: scores.Rows) -> list[report_lib.Table]:
   """The score of every category by itself, where the data set says them."""
-  parts: dict[str, dict[str, Any]] = {}
-  for scenario, views in rows.items():
-    if category := dataset.categories.get(scenario):
-      parts.setdefault(category, {})[scenario] = views
+  parts = _by_category(dataset, rows)
   if not parts:
     return []
-  found = {category: scores.score(part) for category, part in sorted(parts.items())}
+  found = {category: scores.score(part) for category, part in parts.items()}
   return [report_lib.Table(
     "By category", ["category", "scenarios", "score", *(title for _, title in MEASURES)],
-    [[category, len(parts[category]), x.score, *(getattr(x, name) for name, _ in MEASURES)]
+    [[category, len(parts[category]), _of_part(x), *(getattr(x, name) for name, _ in MEASURES)]
      for category, x in found.items()],
     "each score is of the category's scenarios alone")]
 
 
+def _of_part(score: scores.Score) -> float:
+  """The score of few rows; NaN where an overlap between their takes is 0 to the score's digits.
+
+  The score would divide by it, and be 100 for whatever prediction.
+  """
+  overlaps = [score.variance[name] for name, _ in MEASURES if name != "mse"]
+  return score.score if all(round(x, _SCORE_DIGITS) for x in overlaps) else math.nan
+
+
+def _by_category(dataset: files.Dataset, rows: scores.Rows) -> dict[str, scores.Rows]:
+  """The rows of every category, by name; empty where the data set does not say them."""
+  parts: dict[str, dict[str, Any]] = {}
+  for scenario, views in rows.items():
+    if category := dataset.categories.get(scenario):
+      parts.setdefault(category, {})[scenario] = views
+  return dict(sorted(parts.items()))
+
+
 def _scenarios(rows: scores.Rows) -> report_lib.Table:
   return report_lib.Table(
-    "By scenario", ["scenario", *(title for _, title in MEASURES)],
-    [[scenario, *(float(np.mean([_view(views[view])[title] for view in protocol_lib.VIEWS]))
-                  for _, title in MEASURES)] for scenario, views in rows.items()])
+    "By scenario", ["scenario", "score", *(title for _, title in MEASURES)],
+    [[scenario, _of_part(scores.score({scenario: views})),
+      *(float(np.mean([_view(views[view])[title] for view in protocol_lib.VIEWS]))
+        for _, title in MEASURES)] for scenario, views in rows.items()],
+    "each score is of the scenario's three views alone")
 
 
 def _plots(dataset: files.Dataset, rows: scores.Rows) -> list[report_lib.Plot]:
@@ -139,8 +160,14 @@ def _plots(dataset: files.Dataset, rows: scores.Rows) -> list[report_lib.Plot]:
   for predicted, takes, title in _BY_FRAME:
     curves = {name: np.mean([views[view][column] for views in rows.values()
                              for view in protocol_lib.VIEWS], axis=0).tolist()
-              for name, column in (("prediction", predicted), ("between takes", takes))}
+              for name, column in ((pictures.PREDICTION, predicted), ("between takes", takes))}
     plots.append(report_lib.Plot(f"{title} by time", seconds, curves, "s predicted", title))
+  scenarios = {name.removeprefix(_PREFIX): {name: views} for name, views in rows.items()}
+  for title, parts in (("category", _by_category(dataset, rows)), ("scenario", scenarios)):
+    if parts:
+      found = [_of_part(scores.score(part)) for part in parts.values()]
+      plots.append(report_lib.Plot(f"Score by {title}", list(parts), {pictures.PREDICTION: found},
+                                   _SCORE, ranked=True))
   return plots
 
 
@@ -148,9 +175,8 @@ def _video(case: Case, dataset: files.Dataset, rows: scores.Rows, generated: pat
            shown: pathlib.Path) -> report_lib.VideoRow:
   name = pathlib.Path(case.generated).stem
   small = {what: pictures.path(shown, generated.stem, what) for what in pictures.NAMES}
-  beside = {"truth": small["truth"], "prediction": generated, "motion": small["motion"]}
   values = rows[case.scenario][case.view]
-  return report_lib.VideoRow(name, {what: path for what, path in beside.items() if path.is_file()},
+  return report_lib.VideoRow(name, {what: path for what, path in small.items() if path.is_file()},
                              _view(values), dataset.protocol.fps)
 
 

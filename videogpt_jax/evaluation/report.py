@@ -89,6 +89,8 @@ class Plot:
     x: numbers, or names.
     curves: values by name of the curve, NaN or None where there is none.
     xlabel, ylabel: with units.
+    ranked: for names, of which there may be many: the bars lie, one name below the other, and
+      are drawn from the highest value of the first curve to the lowest. `x` keeps its order.
   """
 
   title: str
@@ -96,6 +98,7 @@ class Plot:
   curves: Mapping[str, Sequence[float | None]]
   xlabel: str = ""
   ylabel: str = ""
+  ranked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""What was compared, to look at: small videos of the truth and of both motions."""
+"""What was compared, to look at: small videos of the truth, the prediction and both motions.
+
+They are H.264 that browsers play, whatever the generated videos are: those may be MPEG-4 Part 2,
+or RGB without loss, or lie where a page that is moved does not find them.
+"""
 
 import os
 import pathlib
@@ -13,25 +17,30 @@ from videogpt_jax.metrics.physics_iq.measures import Reduced
 _SIDE = 320  # px, the longer one, at most
 _TRUE, _GENERATED = (60, 130, 230), (235, 130, 40)  # where both move they add up
 _DARK = 0.35  # of the frame, beside motion
-NAMES = ("truth", "motion")
+TRUTH, PREDICTION, MOTION = NAMES = ("truth", "prediction", "motion")
 
 
 def write(folder: pathlib.Path, name: str, first: Reduced, generated: Reduced, fps: float) -> None:
-  """Writes `NAME_truth.mp4` and `NAME_motion.mp4`: true motion blue, generated orange, both light.
+  """Writes `NAME_truth.mp4`, `NAME_prediction.mp4` and `NAME_motion.mp4`.
+
+  All have one size: the prediction is stretched as it is to be compared. Motion is blue where it
+  is true, orange where it is generated, light where it is both.
 
   Args:
     folder: is there.
     name: of the view.
     first: the first take, blue channel first.
-    generated: the model's video.
+    generated: the model's video, blue channel first.
     fps: frames a second.
 
   Raises:
     InputError: they cannot be written.
   """
-  truth = np.stack([_small(frame) for frame in first.frames])[..., ::-1]
-  video.write_mp4(path(folder, name, "truth"), truth, fps)
-  video.write_mp4(path(folder, name, "motion"), _motion(truth, first, generated), fps)
+  truth, prediction = (np.stack([_small(frame) for frame in reduced.frames])[..., ::-1]
+                       for reduced in (first, generated))
+  for what, frames in ((TRUTH, truth), (PREDICTION, prediction),
+                       (MOTION, _motion(truth, first, generated))):
+    video.write_mp4(path(folder, name, what), frames, fps)
 
 
 def path(folder: str | os.PathLike[str], name: str, what: str) -> pathlib.Path:
