@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shutil
+import types
 
 import jax
 import numpy as np
@@ -177,6 +179,74 @@ def test_fvd_of_a_model_by_seed(tmp_path, cheap):
   history = weights.config["sample"]["history"]
   assert np.abs(truth[:history].astype(int) - made[:history]).mean() < 2
   assert np.abs(truth[history:].astype(int) - made[history:]).max() > 30
+
+
+class Copying:
+  """Repeats the last frame it is given; wants frames of one size."""
+
+  path = "copying"
+  codec = types.SimpleNamespace(downsample=1)
+  model = types.SimpleNamespace(patch_size=1,
+                                backbone=types.SimpleNamespace(dtype=np.dtype(np.float32)))
+
+  def __init__(self, height, width):
+    self.params = {"weight": jax.numpy.ones(3)}
+    self.config = {"data": {"height": height, "width": width, "source": "videos"},
+                   "sample": {"history": 4}}
+
+  def continue_video(self, frames, num_frames, *, rng):
+    assert frames.shape[2:4] == (self.config["data"]["height"], self.config["data"]["width"])
+    return np.repeat(frames[:, -1:], num_frames, axis=1)
+
+
+def test_fvd_compares_every_model_with_the_same_sharp_truth(tmp_path, cheap):
+  """The videos are finer than the model: that blurs its predictions, and nothing else."""
+  real = _write(tmp_path / "real", _videos(3, size=(128, 128)))
+  options = _options(protocol="ucf101_2048", videos=3, history=4, videos_dir=real)
+  kept, distances = [], []
+  for side in (16, 128):
+    report = evaluation.run(Copying(side, side), tmp_path / str(side), options)
+    kept.append(frechet.load(tmp_path / str(side) / "statistics" / "real.npz"))
+    distances.append(report.summary["fvd"])
+    files = report.videos[0].files
+    truth, made = (video.read(files[name]).frames.astype(int) for name in ("real", "seed_0"))
+    assert np.abs(truth - made)[:4].mean() < 2.5  # the files are compressed
+    assert (np.abs(made[4] - made[3]).mean() > 5) == (side == 16)
+  np.testing.assert_array_equal(kept[0].mean, kept[1].mean)
+  np.testing.assert_allclose(kept[0].mean, cheap(_videos(3, size=(128, 128))).mean(axis=0),
+                             rtol=0, atol=1e-3)
+  assert distances[0] != distances[1]
+
+
+@pytest.mark.parametrize(("source", "size"), [
+  ((96, 128), (48, 96)),  # the model's crop would lose what the protocol sees at top and bottom
+  ((96, 128), (64, 64)),
+  ((96, 160), (64, 80)),
+])
+def test_fvd_predictions_show_the_same_part_of_a_video_as_the_truth(source, size, tmp_path, cheap):
+  y, x = np.mgrid[:source[0], :source[1]]
+  still = np.stack([y * 2, x, (x + y) // 2], axis=-1).astype(np.uint8)
+  real = _write(tmp_path / "real", np.repeat(still[None, None], FRAMES, axis=1).repeat(2, axis=0))
+  report = evaluation.run(Copying(*size), tmp_path / "out", _options(
+    protocol="kinetics600_5k", videos=2, videos_dir=real))
+  made = video.read(report.videos[0].files["seed_0"]).frames.astype(int)
+  assert np.abs(made[-1] - made[0]).max() < 12  # px of a ramp; another part is off by 30 or more
+
+
+def test_fvd_sees_that_listed_videos_are_others_now(tmp_path, cheap):
+  real, made = _videos(3), _videos(3, seed=5)
+  _write(tmp_path / "made", made)
+  (tmp_path / "made.txt").write_text("".join(f"made/{i}.mp4\n" for i in range(3)))
+  options = _options(videos_dir=_write(tmp_path / "real", real),
+                     generated=str(tmp_path / "made.txt"))
+  first = evaluation.run(None, tmp_path / "out", options).summary["fvd"]
+  shutil.rmtree(tmp_path / "made")
+  _write(tmp_path / "made", real)
+  second = evaluation.run(None, tmp_path / "out", options).summary["fvd"]
+  assert first > 1 and second == pytest.approx(0, abs=1e-6)
+  (tmp_path / "made" / "2.mp4").unlink()
+  with pytest.raises(InputError, match=r"cannot be used, such as made/2\.mp4: missing"):
+    evaluation.run(None, tmp_path / "out", options)
 
 
 def test_fvd_command_says_what_is_missing(tmp_path):

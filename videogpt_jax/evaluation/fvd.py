@@ -10,8 +10,9 @@ in the order of the videos, so the result does not depend on how many processes 
 Without `--videos_dir` the videos are held-out ones of the simulated world.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import hashlib
 import itertools
 import os
 import pathlib
@@ -171,6 +172,7 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
     raise InputError("nothing to measure: give --checkpoint, or --generated=DIR")
   protocol = resolve(options, model)
   real = _real(options, protocol, model)
+  continued = real if model is None else _continued(real, protocol, model)
   generated = None
   if model is None:
     generated = _listed(options.generated, protocol, options, interval=1, drawn=False,
@@ -180,7 +182,8 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
   identity: dict[str, Any] = {
     "benchmark": "fvd", **({} if model is None else weights_lib.identity(model)),
     "protocol": dataclasses.asdict(protocol), REAL: real.identity,
-    GENERATED: generated.identity if generated else None, "batch_size": options.batch_size,
+    GENERATED: generated.identity if generated else None, "given": continued.identity.get("given"),
+    "batch_size": options.batch_size,
     **extractor.kind(protocol.frames)}
   ledger = ledger_lib.Ledger(out, identity, restart=options.restart)
   work = _Work(out, ledger, extractor, protocol, options)
@@ -191,7 +194,7 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
   else:
     sets = [f"seed_{seed}" for seed in options.seeds]
     for name, seed in zip(sets, options.seeds, strict=True):
-      work.features(name, real, model, seed)
+      work.features(name, continued, model, seed)
   return _report(work, real, generated, sets, model)
 
 
@@ -239,6 +242,7 @@ class _Videos:
   Attributes:
     items: what the loader takes.
     names: of the videos.
+    files: of each, what tells it from another one of the same name; empty: names say all.
     loader: makes windows of them.
     identity: JSON-able, what decides the windows.
     must_all: whether every one has to be usable.
@@ -246,6 +250,7 @@ class _Videos:
 
   items: Sequence[Any]
   names: Sequence[str]
+  files: Sequence[str]
   loader: windows.Files | windows.Worlds
   identity: dict[str, Any]
   must_all: bool
@@ -274,16 +279,29 @@ def _real(options: Options, protocol: fvd.Protocol, model: weights_lib.Weights |
                      f"{i3d_lib.MIN_FRAMES}, or --videos_dir=DIR")
   count = protocol.videos or 64
   seeds = [world.held_out_seed(i) for i in range(count)]
-  return _Videos(seeds, [f"held_out_{i}" for i in range(count)],
+  return _Videos(seeds, [f"held_out_{i}" for i in range(count)], [],
                  windows.Worlds(settings, protocol.frames),
                  {"world": dataclasses.asdict(settings), "videos": count}, must_all=False)
 
 
 def _fit(protocol: fvd.Protocol, model: weights_lib.Weights | None) -> fit_lib.Fit | None:
-  """A model sees its own size; without one, videos come to that of the protocol."""
-  if model is not None:
-    return fit_lib.of(model.config["data"], model.codec.downsample, model.model.patch_size)
-  return fit_lib.Fit(sizes=(protocol.size,)) if protocol.size else None
+  """Of what is compared: the protocol's size, so that the truth is as sharp for every model."""
+  if protocol.size:
+    return fit_lib.Fit(sizes=(protocol.size,))
+  return None if model is None else _model_fit(model)
+
+
+def _model_fit(model: weights_lib.Weights) -> fit_lib.Fit:
+  return fit_lib.of(model.config["data"], model.codec.downsample, model.model.patch_size)
+
+
+def _continued(real: _Videos, protocol: fvd.Protocol, model: weights_lib.Weights) -> _Videos:
+  """The real videos, with their first frames as the model wants them where that is another size."""
+  if protocol.size is None or not isinstance(real.loader, windows.Files):
+    return real
+  fit = _model_fit(model)
+  loader = dataclasses.replace(real.loader, model_fit=fit, history=protocol.history)
+  return dataclasses.replace(real, loader=loader, identity={**real.identity, "given": str(fit)})
 
 
 def _listed(path: str, protocol: fvd.Protocol, options: Options, *, interval: int, drawn: bool,
@@ -304,9 +322,19 @@ def _listed(path: str, protocol: fvd.Protocol, options: Options, *, interval: in
   chosen = np.sort(np.random.default_rng(0).permutation(len(listing))[:count])
   segments = [listing[int(i)] for i in chosen]
   return _Videos(segments, [segment.name for segment in segments],
+                 [_file_state(listing.root / segment.path) for segment in segments],
                  windows.Files(listing.root, protocol.frames, interval, fit, drawn),
                  {"listing": listing.digest, "videos": count, "interval": interval,
                   "drawn": drawn, "fit": str(fit)}, must_all=not is_real)
+
+
+def _file_state(path: pathlib.Path) -> str:
+  """Size and time of a file: a list names the same videos when others have taken their place."""
+  try:
+    found = path.stat()
+  except OSError:
+    return "missing"
+  return f"{found.st_size} {found.st_mtime_ns}"
 
 
 # Work -------------------------------------------------------------------------------------
@@ -326,7 +354,8 @@ class _Work:
     """Makes the statistics of the set `name`; of predictions if there is a model."""
     (self.out / "statistics" / name).mkdir(parents=True, exist_ok=True)
     batches = _batches(name, len(videos.items), self.options.batch_size)
-    unfinished = self.ledger.mine(list(batches))
+    states = {batch: _state(videos, rows) for batch, rows in batches.items()}
+    unfinished = self._mine(states)
     if not unfinished:
       return
     progress = progress_lib.Progress(f"{name} videos", sum(len(batches[x]) for x in unfinished))
@@ -347,17 +376,26 @@ class _Work:
                   if not isinstance(result, decoders_lib.Rejected)]
         statistics = frechet.empty(self.extractor.size,
                                    self.extractor.kind(self.protocol.frames), name)
-        for rows, frames, fps in self._by_size(usable, videos):
+        for rows, loaded_windows in self._by_size(usable, videos):
+          frames = self._resized(np.stack([window.frames for window in loaded_windows]))
           if model is not None:
             rng = jax.random.fold_in(jax.random.key(seed), rows[0])
-            frames = self._predicted(model, frames, rng)
-          frames = self._resized(frames)
-          self._show(name, rows, frames, fps)
+            made = self._predicted(model, loaded_windows, rng)
+            # The given frames are the true ones, on both sides from the same place.
+            frames = np.concatenate([frames[:, :self.protocol.history], made], axis=1)
+          self._show(name, rows, frames, loaded_windows[0].fps)
           statistics = statistics.add(self.extractor(frames))
         statistics.save(self._file(batch))
         self.ledger.put(batch, {"videos": statistics.count, "rejected": rejected,
-                                "size": self._size})
+                                "size": self._size, "files": states[batch]})
         progress.add(len(results))
+
+  def _mine(self, states: Mapping[str, str]) -> list[str]:
+    """This process's share of the batches that are not finished, or were of other files."""
+    unfinished = [batch for batch, state in states.items()
+                  if (self.ledger.get(batch) or {}).get("files") != state]
+    self.ledger.wait()  # all see the same unfinished ones before any finishes more
+    return unfinished[jax.process_index()::jax.process_count()]
 
   def merged(self, name: str, count: int) -> tuple[frechet.Statistics, list[tuple[str, str]]]:
     """The statistics of a whole set, and the videos that were left out, with reasons."""
@@ -381,15 +419,18 @@ class _Work:
     return self.out / "statistics" / f"{batch}.npz"
 
   def _by_size(self, usable: Sequence[tuple[int, windows.Window]], videos: _Videos
-               ) -> Iterator[tuple[list[int], UInt8[np.ndarray, "B T H W 3"], float]]:
-    """Those of one resolution, in the order of the videos: numbers, frames, rate."""
-    key = lambda pair: pair[1].frames.shape[1:3]
-    for size, group in itertools.groupby(usable, key):
+               ) -> Iterator[tuple[list[int], list[windows.Window]]]:
+    """Those of one resolution, in the order of the videos, and their numbers."""
+    key = lambda pair: (pair[1].frames.shape[1:3], self._given(pair[1]).shape[1:3])
+    for (size, _), group in itertools.groupby(usable, key):
       if getattr(videos.loader, "fit", True) is None:
         self._check_size(size)
       part = list(group)
-      yield ([i for i, _ in part], np.stack([window.frames for _, window in part]),
-             part[0][1].fps)
+      yield [i for i, _ in part], [window for _, window in part]
+
+  def _given(self, window: windows.Window) -> UInt8[np.ndarray, "h H W 3"]:
+    """What a model is given of a window, at its own size."""
+    return window.frames[:self.protocol.history] if window.given is None else window.given
 
   def _check_size(self, size: Sequence[int]) -> None:
     self._size = self._size or tuple(size)
@@ -398,14 +439,28 @@ class _Work:
         f"mixed resolutions: one video is of {self._size[0]}x{self._size[1]} px, another of "
         f"{size[0]}x{size[1]} px; bring all to the same size, or take a --protocol that does")
 
-  def _predicted(self, model: weights_lib.Weights, frames: UInt8[np.ndarray, "B T H W 3"],
-                 rng: jax.Array) -> UInt8[np.ndarray, "B T H W 3"]:
-    """The history with what the model predicts after it; one compilation serves all batches."""
-    rows = np.minimum(np.arange(self.options.batch_size), len(frames) - 1)
-    history = frames[:, :self.protocol.history]
+  def _predicted(self, model: weights_lib.Weights, of: Sequence[windows.Window],
+                 rng: jax.Array) -> UInt8[np.ndarray, "B G h w 3"]:
+    """What the model predicts of windows, at the size of what is compared.
+
+    One compilation serves all batches of a size.
+    """
+    rows = np.minimum(np.arange(self.options.batch_size), len(of) - 1)
+    history = np.stack([self._given(window) for window in of])
     made = model.continue_video(history[rows], self.protocol.frames - self.protocol.history,
                                 rng=rng)
-    return np.concatenate([history, made[:len(frames)]], axis=1)
+    return np.concatenate([self._resized(self._unsqueezed(frames, window.squeezed)[None])
+                           for frames, window in zip(made, of, strict=False)])
+
+  def _unsqueezed(self, frames: UInt8[np.ndarray, "G H W 3"], source: tuple[int, int] | None
+                  ) -> UInt8[np.ndarray, "G Hs Ws 3"]:
+    """Frames with the proportions of their source again, so large that they cover the window."""
+    if source is None or self.protocol.size is None:
+      return frames
+    factor = max(self.protocol.size[0] / source[0], self.protocol.size[1] / source[1])
+    height, width = (max(wanted, round(side * factor))
+                     for wanted, side in zip(self.protocol.size, source, strict=True))
+    return np.stack([video.stretch(frame, height, width) for frame in frames])
 
   def _resized(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> UInt8[np.ndarray, "B T h w 3"]:
     if self.protocol.size is None:
@@ -420,6 +475,13 @@ class _Work:
         path = self.shown(name, row)
         files.make_folder(path.parent)
         video.write_mp4(path, video.enlarge(one, max(1, _SIDE // one.shape[1])), fps)
+
+
+def _state(videos: _Videos, rows: range) -> str:
+  """Of the files of a batch; others make it unfinished."""
+  if not videos.files:
+    return ""
+  return hashlib.sha256("\n".join(videos.files[i] for i in rows).encode()).hexdigest()[:16]
 
 
 def _batches(name: str, count: int, size: int) -> dict[str, range]:
