@@ -1,5 +1,6 @@
 """FVD of videos: what the network sees, and whole evaluations with and without a model."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -179,6 +180,44 @@ def test_fvd_of_a_model_by_seed(tmp_path, cheap):
   history = weights.config["sample"]["history"]
   assert np.abs(truth[:history].astype(int) - made[:history]).mean() < 2
   assert np.abs(truth[history:].astype(int) - made[history:]).max() > 30
+
+
+@pytest.mark.parametrize(("changes", "name"), [
+  ({}, "kinetics600_5k"),
+  ({"videos": 5000, "frames": 16, "history": 5}, "kinetics600_5k"),
+  ({"videos": 64, "frames": 32}, "kinetics600_5k, changed: videos=64, frames=32"),
+  ({"layer": "pooled"}, "kinetics600_5k, changed: layer=pooled"),
+  ({"resize": "half_pixel"}, "kinetics600_5k, changed: resize=half_pixel"),
+  ({"covariance": "biased"}, "kinetics600_5k, changed: covariance=biased"),
+  ({"i3d_sha256": i3d.SHA256.upper()}, "kinetics600_5k"),
+  ({"i3d_sha256": "ab"}, "kinetics600_5k, changed: i3d_sha256=ab"),
+  ({"history": 3, "layer": "pooled"}, "kinetics600_5k, changed: history=3, layer=pooled"),
+  ({"videos_dir": ""}, "kinetics600_5k, changed: data=simulated world"),
+])
+def test_fvd_published_distances_stand_beside_those_of_their_protocol_alone(changes, name):
+  options = evaluation.Options(**{"protocol": "kinetics600_5k", "videos_dir": "real", **changes})
+  protocol = evaluation.resolve(options, None)
+  assert name.startswith(protocol.name)
+  found, published = evaluation._published(options, protocol)
+  assert found == name
+  assert [x.model for x in published] == (
+    ["MAGVIT-L", "Video-GPT"] if name == "kinetics600_5k" else [])
+
+
+def test_fvd_table_says_what_is_unknown_of_the_papers_protocol(tmp_path, cheap, monkeypatch):
+  real = _write(tmp_path / "real", _videos(2, size=(64, 64)))
+  whole = evaluation.run(Copying(64, 64), tmp_path / "a", _options(
+    protocol="kinetics600_5k", videos=2, videos_dir=real))
+  text = report_lib.text(whole)
+  assert "FVD, protocol kinetics600_5k, changed: videos=2, frames=9" in text
+  assert "unknown of the paper's protocol (arXiv 2505.12489): given frames" in text
+  assert "†" not in text
+  small = dataclasses.replace(fvd.PROTOCOLS["kinetics600_5k"], videos=2, frames=FRAMES)
+  monkeypatch.setitem(fvd.PROTOCOLS, "kinetics600_5k", small)
+  as_it_is = evaluation.run(Copying(64, 64), tmp_path / "b", evaluation.Options(
+    protocol="kinetics600_5k", videos_dir=real, processes=1))
+  assert "MAGVIT-L †" in report_lib.text(as_it_is)
+  assert "changed" not in report_lib.text(as_it_is)
 
 
 class Copying:

@@ -44,6 +44,7 @@ OWN = "own"  # the protocol of the model's own training
 REAL, GENERATED = "real", "generated"
 
 _WINDOW = 16  # frames of the protocol `OWN`
+_DISTANCE = ("layer", "resize", "covariance", "i3d_sha256")  # options that distances depend on
 _SHOWN = 8  # videos on the report's page
 _SIDE = 192  # px, to which small frames are enlarged there
 _TIMEOUT_S = 60.0  # of a decoder without a sign of life
@@ -199,7 +200,7 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
 
 
 def resolve(options: Options, model: weights_lib.Weights | None) -> fvd.Protocol:
-  """The protocol with what the options say in place of its own values.
+  """The protocol with what the options say in place of its own values, which its name then tells.
 
   Raises:
     InputError: settings that make no sense, or that a model cannot follow.
@@ -217,19 +218,39 @@ def resolve(options: Options, model: weights_lib.Weights | None) -> fvd.Protocol
     ("videos", options.videos), ("frames", options.frames)) if value}
   if options.history is not None:
     changed["history"] = options.history
-  found = dataclasses.replace(found, **changed)
+  changed = {name: value for name, value in changed.items() if value != getattr(found, name)}
+  found = dataclasses.replace(found, **changed, name=_named(found.name, changed))
   if found.frames < i3d_lib.MIN_FRAMES:
     raise InputError(f"--frames={found.frames}: I3D needs windows of at least {i3d_lib.MIN_FRAMES} "
                      "frames; 16 are usual")
   if model and not 0 < found.history < found.frames:
     if not found.history:
       raise InputError(
-        f"the protocol {found.name} is of videos made from nothing, and this model continues "
+        f"the protocol {options.protocol} is of videos made from nothing, and this model continues "
         "videos: give --history=N to measure continuations instead, or --generated=DIR with "
         "videos that were made elsewhere")
     raise InputError(f"{found.history} frames of history leave none to predict in a window of "
                      f"{found.frames}; change --history or --frames")
   return found
+
+
+def _named(name: str, changed: Mapping[str, Any]) -> str:
+  if not changed:
+    return name
+  so_far = f"{name}, " if ", changed: " in name else f"{name}, changed: "
+  return so_far + ", ".join(f"{key}={value}" for key, value in changed.items())
+
+
+def _published(options: Options, protocol: fvd.Protocol) -> tuple[str, list[Published]]:
+  """The protocol's name with all that differs from it, and what compares: if that is nothing."""
+  changed = {name: getattr(options, name) for name in _DISTANCE
+             if getattr(options, name).lower() != getattr(Options, name)}
+  if not options.videos_dir:
+    changed["data"] = "simulated world"
+  name = protocol.name if protocol.name == OWN else _named(protocol.name, changed)
+  if changed or fvd.PROTOCOLS.get(protocol.name) != protocol:
+    return name, []
+  return name, [x for x in PUBLISHED if protocol.name.startswith(x.protocol)]
 
 
 # Videos -----------------------------------------------------------------------------------
@@ -316,7 +337,7 @@ def _listed(path: str, protocol: fvd.Protocol, options: Options, *, interval: in
                              root=options.root if is_real else "")
   count = protocol.videos or len(listing)
   if len(listing) < count:
-    raise InputError(f"{path} has {len(listing)} videos, the protocol {protocol.name} takes "
+    raise InputError(f"{path} has {len(listing)} videos, the protocol {options.protocol} takes "
                      f"{count}; give more, or --videos={len(listing)} for a distance that compares "
                      "with no published one")
   chosen = np.sort(np.random.default_rng(0).permutation(len(listing))[:count])
@@ -514,12 +535,14 @@ def _report(work: _Work, real: _Videos, generated: _Videos | None, sets: Sequenc
                                        for name, value in distances.items()]
   if deviation is not None:
     rows.append([f"mean of {len(values)} seeds, ± {deviation:.4g}", mean, None, "measured"])
-  known = [x for x in PUBLISHED if protocol.name.startswith(x.protocol)]
+  title, known = _published(options, protocol)
   published = list(range(len(rows), len(rows) + len(known)))
   rows += [[x.model, x.fvd, None, x.source] for x in known]
   about = (f"{protocol.frames} frames, {protocol.history} of them given; {options.layer} of I3D, "
-           f"resize {options.resize}, covariance {options.covariance}. {protocol.known_from}.")
-  table = report_lib.Table(f"FVD, protocol {protocol.name}", ["set", "FVD", "videos", "source"],
+           f"resize {options.resize}, covariance {options.covariance}. "
+           + ("Before the changes: " if ", changed: " in title else "") + f"{protocol.known_from}"
+           + (f"; {protocol.unknown}." if protocol.unknown else "."))
+  table = report_lib.Table(f"FVD, protocol {title}", ["set", "FVD", "videos", "source"],
                            rows, " ".join([about, *notes]), published)
   shown = [report_lib.VideoRow(
     real.names[row], {name: work.shown(name, row) for name in (REAL, *sets)}, {}, 0.0,
