@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import shutil
 import types
 
@@ -19,9 +20,11 @@ from videogpt_jax.data import windows
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import fvd as evaluation
 from videogpt_jax.evaluation import report as report_lib
+from videogpt_jax.metrics import frames as frame_metrics
 from videogpt_jax.metrics import frechet
 from videogpt_jax.metrics import fvd
 from videogpt_jax.metrics import i3d
+from videogpt_jax.metrics import lpips
 
 FRAMES = i3d.MIN_FRAMES  # the shortest window, for speed
 
@@ -174,6 +177,10 @@ def test_fvd_of_a_model_by_seed(tmp_path, cheap):
   assert list(by_set) == ["seed_0", "seed_3"] and by_set["seed_0"] != by_set["seed_3"]
   assert report.summary["fvd"] == pytest.approx(np.mean(list(by_set.values())))
   assert report.summary["fvd_deviation"] == pytest.approx(np.std(list(by_set.values()), ddof=1))
+  # Frames: of each seed, by how far ahead they are, as a comparison of all at once has it.
+  assert set(report.summary["frames"]) == {"seed 0", "seed 3"}
+  assert [plot.ylabel for plot in report.plots] == ["MSE", "PSNR", "SSIM"]
+  assert set(report.videos[0].values) == {"MSE", "PSNR", "SSIM"}
   # The predictions begin with what was given, so they are nearer to the truth than noise is.
   row = report.videos[0]
   truth, made = (video.read(row.files[name]).frames for name in ("real", "seed_0"))
@@ -236,6 +243,50 @@ class Copying:
   def continue_video(self, frames, num_frames, *, rng):
     assert frames.shape[2:4] == (self.config["data"]["height"], self.config["data"]["width"])
     return np.repeat(frames[:, -1:], num_frames, axis=1)
+
+
+def test_fvd_compares_predicted_frames_one_by_one(tmp_path, cheap, monkeypatch):
+  real = _videos(3, size=(48, 48))
+  options = _options(history=4, videos_dir=_write(tmp_path / "real", real), seeds=(0, 1))
+  model, seen = Copying(48, 48), []
+  report = evaluation.run(model, tmp_path / "out", options)
+  copied, truth = np.repeat(real[:, 3:4], FRAMES - 4, axis=1), real[:, 4:]
+  expected = {"MSE": frame_metrics.mse(copied, truth), "PSNR": frame_metrics.psnr(copied, truth),
+              "SSIM": frame_metrics.ssim(copied, truth)}
+  for plot in report.plots:
+    assert plot.x == [1, 2, 3, 4, 5] and list(plot.curves) == ["seed 0", "seed 1"]
+    np.testing.assert_allclose(plot.curves["seed 1"], expected[plot.ylabel].mean(axis=0))
+  assert report.plots[0].curves["seed 0"][0] < report.plots[0].curves["seed 0"][-1]
+  for i, row in enumerate(report.videos):
+    np.testing.assert_allclose(list(row.values.values()),
+                               [values[i].mean() for values in expected.values()])
+  report_lib.write(report, tmp_path / "out")
+  assert '"MSE of pixels / 255 (lower is better), by predicted frame",5,seed 0,' in (
+    tmp_path / "out" / "results.csv").read_text()
+  assert len(list((tmp_path / "out" / "plots").glob("*.png"))) == 3
+  # Cut short, one batch is predicted again; the rest is on disk.
+  (tmp_path / "out" / "items" / "seed_1%2F00001.json").unlink()
+  monkeypatch.setattr(model, "continue_video", lambda frames, n, *, rng: seen.append(1) or (
+    Copying.continue_video(model, frames, n, rng=rng)))
+  again = evaluation.run(model, tmp_path / "out", options)
+  assert len(seen) == 1 and again.tables == report.tables
+
+
+def test_fvd_compares_predicted_frames_by_lpips(tmp_path, cheap, monkeypatch):
+  distance = lambda x, y: np.abs(x.astype(float) - y).mean(axis=(-3, -2, -1))
+  monkeypatch.setattr(lpips, "Lpips", lambda network, channels: distance)
+  paths = tuple(str(tmp_path / name) for name in ("network.pth", "channels.pth"))
+  for path in paths:
+    pathlib.Path(path).write_bytes(b"weights")
+  real = _videos(2, size=(48, 48))
+  options = _options(history=4, videos_dir=_write(tmp_path / "real", real), lpips=paths)
+  report = evaluation.run(Copying(48, 48), tmp_path / "out", options)
+  assert report.tables[1].columns == ["set", "MSE", "PSNR", "SSIM", "LPIPS"]
+  np.testing.assert_allclose(report.plots[-1].curves["seed 0"],
+                             distance(real[:, 3:4], real[:, 4:]).mean(axis=0))
+  pathlib.Path(paths[1]).write_bytes(b"others")
+  with pytest.raises(InputError, match="another evaluation: compared"):
+    evaluation.run(Copying(48, 48), tmp_path / "out", options)
 
 
 def test_fvd_compares_every_model_with_the_same_sharp_truth(tmp_path, cheap):

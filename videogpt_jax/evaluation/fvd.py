@@ -7,7 +7,8 @@
 Work is cut into batches of videos. A finished one leaves the statistics of its features in
 `statistics/SET/NUMBER.npz`, from which a second run goes on; at the end those of a set are merged
 in the order of the videos, so the result does not depend on how many processes there were.
-Without `--videos_dir` the videos are held-out ones of the simulated world.
+Without `--videos_dir` the videos are held-out ones of the simulated world. The frames that a
+model predicts are compared with the true ones too, by how far ahead they are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from videogpt_jax.data import listing as listing_lib
 from videogpt_jax.data import video
 from videogpt_jax.data import windows
 from videogpt_jax.errors import InputError
+from videogpt_jax.evaluation import frame_scores
 from videogpt_jax.evaluation import ledger as ledger_lib
 from videogpt_jax.evaluation import progress as progress_lib
 from videogpt_jax.evaluation import report as report_lib
@@ -89,6 +91,8 @@ class Options:
     batch_size: videos predicted at once, and the piece of work after which all is safe.
     processes: decoders; 0: one for each core.
     restart: forget what another evaluation left.
+    lpips: the files `lpips.Lpips` reads (network, channels' weights), to compare predicted frames
+      with the true ones; empty: LPIPS is left out.
   """
 
   protocol: str = OWN
@@ -108,6 +112,7 @@ class Options:
   batch_size: int = 16
   processes: int = 0
   restart: bool = False
+  lpips: tuple[str, ...] = ()
 
 
 def define_flags() -> None:
@@ -135,6 +140,9 @@ def define_flags() -> None:
   flags.DEFINE_string("i3d_sha256", i3d_lib.SHA256, "That the file of --i3d must have.")
   flags.DEFINE_integer("batch_size", 16, "Videos predicted at once.", lower_bound=1)
   flags.DEFINE_integer("processes", 0, "Decoders; default: one for each core.", lower_bound=0)
+  flags.DEFINE_list("lpips", [], "For LPIPS of predicted frames, two files of weights: "
+                    "torchvision's AlexNet (such as alexnet-owt-7be5be79.pth) and "
+                    "lpips/weights/v0.1/alex.pth of the package lpips.")
 
 
 def from_flags() -> Options:
@@ -144,8 +152,13 @@ def from_flags() -> Options:
     seeds = tuple(int(seed) for seed in f.seeds) if f.seeds else (f.seed,)
   except ValueError as error:
     raise InputError(f"--seeds must be whole numbers, got {','.join(f.seeds)}") from error
-  names = {field.name for field in dataclasses.fields(Options)} - {"seeds"}
-  return Options(seeds=seeds, **{name: getattr(f, name) for name in names})
+  if len(f.lpips) not in (0, 2):
+    raise InputError(f"--lpips names two files (NETWORK,CHANNELS), got {len(f.lpips)}")
+  if f.lpips and f.generated:
+    raise InputError("--lpips compares predictions with what they predict; the videos of "
+                     "--generated are of no real ones: leave one of them out")
+  names = {field.name for field in dataclasses.fields(Options)} - {"seeds", "lpips"}
+  return Options(seeds=seeds, lpips=tuple(f.lpips), **{name: getattr(f, name) for name in names})
 
 
 def needs_weights(options: Options) -> bool:
@@ -163,8 +176,8 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
     options: what is measured.
 
   Raises:
-    InputError: no weights of I3D, too few or too short videos, mixed resolutions, a protocol that
-      the model cannot follow, or results of another evaluation in `out`.
+    InputError: no weights of I3D or LPIPS, too few or too short videos, mixed resolutions, a
+      protocol that the model cannot follow, or results of another evaluation in `out`.
   """
   if len(set(options.seeds)) != len(options.seeds):
     raise InputError(f"--seeds names one twice: {','.join(map(str, options.seeds))}")
@@ -180,14 +193,15 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
                         fit=_fit(protocol, None))
   extractor = fvd.Extractor(options.i3d, sha256=options.i3d_sha256, layer=options.layer,
                             resize=options.resize)
+  comparison = None if model is None else frame_scores.Comparison(options.lpips)
   identity: dict[str, Any] = {
     "benchmark": "fvd", **({} if model is None else weights_lib.identity(model)),
     "protocol": dataclasses.asdict(protocol), REAL: real.identity,
     GENERATED: generated.identity if generated else None, "given": continued.identity.get("given"),
-    "batch_size": options.batch_size,
+    "compared": comparison.identity if comparison else None, "batch_size": options.batch_size,
     **extractor.kind(protocol.frames)}
   ledger = ledger_lib.Ledger(out, identity, restart=options.restart)
-  work = _Work(out, ledger, extractor, protocol, options)
+  work = _Work(out, ledger, extractor, comparison, protocol, options)
   work.features(REAL, real)
   if generated is not None:
     sets = [GENERATED]
@@ -365,8 +379,10 @@ class _Work:
   """Features of sets of videos, batch after batch, each kept on disk."""
 
   def __init__(self, out: pathlib.Path, ledger: ledger_lib.Ledger, extractor: fvd.Extractor,
-               protocol: fvd.Protocol, options: Options) -> None:
+               comparison: frame_scores.Comparison | None, protocol: fvd.Protocol,
+               options: Options) -> None:
     self.out, self.ledger, self.extractor = out, ledger, extractor
+    self._comparison = comparison
     self.protocol, self.options = protocol, options
     self._size: tuple[int, ...] | None = None  # of videos that stay as they are
 
@@ -397,18 +413,22 @@ class _Work:
                   if not isinstance(result, decoders_lib.Rejected)]
         statistics = frechet.empty(self.extractor.size,
                                    self.extractor.kind(self.protocol.frames), name)
+        compared: list[dict[str, Any]] = []
         for rows, loaded_windows in self._by_size(usable, videos):
           frames = self._resized(np.stack([window.frames for window in loaded_windows]))
           if model is not None:
             rng = jax.random.fold_in(jax.random.key(seed), rows[0])
             made = self._predicted(model, loaded_windows, rng)
+            if self._comparison is not None:
+              compared.append({"rows": rows, **self._comparison(
+                made, frames[:, self.protocol.history:])})
             # The given frames are the true ones, on both sides from the same place.
             frames = np.concatenate([frames[:, :self.protocol.history], made], axis=1)
           self._show(name, rows, frames, loaded_windows[0].fps)
           statistics = statistics.add(self.extractor(frames))
         statistics.save(self._file(batch))
         self.ledger.put(batch, {"videos": statistics.count, "rejected": rejected,
-                                "size": self._size, "files": states[batch]})
+                                "size": self._size, "files": states[batch], "compared": compared})
         progress.add(len(results))
 
   def _mine(self, states: Mapping[str, str]) -> list[str]:
@@ -431,6 +451,12 @@ class _Work:
     if jax.process_index() == 0:
       total.save(self.out / "statistics" / f"{name}.npz")
     return total, rejected
+
+  def compared(self, name: str, count: int) -> frame_scores.Means:
+    """What the comparison of a whole set of predictions came to."""
+    results = self.ledger.all(list(_batches(name, count, self.options.batch_size)))
+    return frame_scores.merge(itertools.chain.from_iterable(
+      result["compared"] for result in results.values()), _SHOWN)
 
   def shown(self, name: str, row: int) -> pathlib.Path:
     """The file of a video on the report's page."""
@@ -544,16 +570,31 @@ def _report(work: _Work, real: _Videos, generated: _Videos | None, sets: Sequenc
            + (f"; {protocol.unknown}." if protocol.unknown else "."))
   table = report_lib.Table(f"FVD, protocol {title}", ["set", "FVD", "videos", "source"],
                            rows, " ".join([about, *notes]), published)
+  compared = {} if model is None else {
+    name.replace("_", " "): work.compared(name, len(real.items)) for name in sets}
   shown = [report_lib.VideoRow(
-    real.names[row], {name: work.shown(name, row) for name in (REAL, *sets)}, {}, 0.0,
+    real.names[row], {name: work.shown(name, row) for name in (REAL, *sets)},
+    frame_scores.of_video(compared, row), 0.0,
     protocol.history) for row in range(min(_SHOWN, len(real.items)))
     if all(work.shown(name, row).exists() for name in (REAL, *sets))]
   settings = {"checkpoint": model.path if model else None, "generated": options.generated,
               "videos_dir": options.videos_dir, "protocol": dataclasses.asdict(protocol),
               "covariance": options.covariance, "real": real.identity, **truth.kind}
-  summary = {"fvd": mean, "fvd_deviation": deviation, "fvd_by_set": distances,
+  summary: dict[str, Any] = {"fvd": mean, "fvd_deviation": deviation, "fvd_by_set": distances,
              "videos": truth.count, "rejected": len(rejected), "caution": " ".join(notes)}
-  return report_lib.Report("FVD", settings, [table], [], shown, summary)
+  tables, plots = [table], []
+  if compared:
+    tables += frame_scores.tables(compared, _compared_note(protocol, truth.count))
+    plots = frame_scores.plots(compared)
+    summary["frames"] = {name: {key: float(values.mean()) for key, values in means.by_frame.items()}
+                         for name, means in compared.items()}
+  return report_lib.Report("FVD", settings, tables, plots, shown, summary)
+
+
+def _compared_note(protocol: fvd.Protocol, videos: int) -> str:
+  size = f"{protocol.size[0]}x{protocol.size[1]} px" if protocol.size else "the model's size"
+  return (f"{videos} videos, frames of {size}, {protocol.history} given, "
+          f"{protocol.frames - protocol.history} predicted")
 
 
 def _caution(truth: frechet.Statistics, counts: dict[str, int]) -> str:

@@ -22,7 +22,6 @@ from videogpt_jax.telemetry import plots
 MODEL = "model"
 BEST = "model_best"  # of several samples
 
-_EQUAL_PSNR = 100.0  # dB that equal frames count; their infinite PSNR would swallow every mean
 _FOLLOWED = 0.5  # share of the objects whose energy says something of that of all
 _RED = "#d1342f"  # the model's curve
 
@@ -111,7 +110,7 @@ def score(settings: world.Settings, predicted: UInt8[np.ndarray, "V G S S 3"],
   """
   truth = np.stack([sample.frames[history:] for sample in samples])
   error = frame_metrics.mse(predicted, truth)
-  decibels = np.minimum(frame_metrics.psnr_from_mse(error), _EQUAL_PSNR)
+  decibels = np.minimum(frame_metrics.psnr_from_mse(error), frame_metrics.EQUAL_PSNR)
   followed = [objects.follow(settings, frames, sample, history, hidden)
               for frames, sample in zip(predicted, samples, strict=True)]
   rest = {field.name: np.stack([getattr(x, field.name) for x in followed])
