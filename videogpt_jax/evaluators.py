@@ -30,7 +30,6 @@ from videogpt_jax.data import video
 from videogpt_jax.errors import InputError
 from videogpt_jax.metrics import frames as frame_metrics
 
-_EQUAL_PSNR = 100.0  # dB that equal frames count; their infinite PSNR would swallow every mean
 _SHOWN = 128  # px, height to which small frames are enlarged
 
 
@@ -164,7 +163,7 @@ class Rollouts:
     error = frame_metrics.mse(predicted[:, history:], future)
     copied = frame_metrics.mse(np.repeat(truth[:, history - 1:history], future.shape[1], axis=1),
                                future)
-    decibels = np.minimum(frame_metrics.psnr_from_mse(error), _EQUAL_PSNR)
+    decibels = np.minimum(frame_metrics.psnr_from_mse(error), frame_metrics.EQUAL_PSNR)
     values = {"rollout/mse": error.mean(), "rollout/psnr": decibels.mean(),
               "rollout/mse_copy_last": copied.mean()}
     for name, by_frame in (("mse", error.mean(axis=0)), ("psnr", decibels.mean(axis=0))):

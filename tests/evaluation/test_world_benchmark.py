@@ -143,14 +143,38 @@ def test_best_and_mean_of_samples(tmp_path):
 
   found = _measure(predict, tmp_path, samples=3)
   assert len(calls) == 3
-  assert list(found.scores)[:2] == ["model", "model_best"]
+  assert found.names()[:3] == ["model", "model_best", "copy_last"]
   copied = found.scores["copy_last"]
-  np.testing.assert_array_equal(found.scores["model_best"].mse, 0)
-  np.testing.assert_array_equal(found.scores["model_best"].psnr, 100)
+  np.testing.assert_array_equal(found.by_video("model_best", "mse"), 0)
+  np.testing.assert_array_equal(found.by_frame("model_best", "psnr"), 100)
   np.testing.assert_allclose(found.scores["model"].mse, copied.mse * 2 / 3)
   np.testing.assert_allclose(found.scores["model"].psnr, (copied.psnr * 2 + 100) / 3)
   np.testing.assert_allclose(found.by_frame("model_best", "kinetic"), 0, atol=0.1)
   assert (tmp_path / "predictions" / "00005_model_3.mp4").exists()
+
+
+def test_best_samples_by_energy_do_not_mix():
+  """Gravity: the best sample by kinetic energy is not the best one by all energy."""
+  nothing, one = np.zeros((1, 4)), np.ones((1, 4))
+
+  def sample(kinetic, mechanical, followed):
+    return evidence_lib.Scores(*[nothing] * 7, one * kinetic, one, one * mechanical, one * 10,
+                               one * followed)
+
+  samples = [sample(1.1, 2, 1.0), sample(3, 10.5, 0.6), sample(1, 10, 0.3)]  # the last one: lost
+  settings = world.Settings(gravity=0.5)
+  mean, best = evidence_lib.of_samples(samples)
+  found = evidence_lib.Evidence(settings, HISTORY, {"model": mean}, best)
+  assert {"kinetic", "mechanical"} <= set(found.metrics())
+  assert best["kinetic"].followed[0, 0] == 1.0 and best["mechanical"].followed[0, 0] == 0.6
+  np.testing.assert_allclose(found.by_frame("model_best", "kinetic"), 0.1)
+  np.testing.assert_allclose(found.by_frame("model_best", "mechanical"), 0.05)
+  # One that lost its objects has no drift, whatever another sample followed, and is best by MSE.
+  samples[2] = dataclasses.replace(samples[2], mse=-one)
+  assert evidence_lib.of_samples(samples)[1]["mse"].followed[0, 0] == 0.3
+  alone = evidence_lib.Evidence(settings, HISTORY, {"model": mean},
+                                evidence_lib.of_samples([samples[2], samples[2]])[1])
+  assert np.isnan(alone.by_frame("model_best", "kinetic")).all()
 
 
 def test_summary_is_json_by_frame(perfect):

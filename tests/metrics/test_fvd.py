@@ -1,7 +1,11 @@
 """FVD of videos: what the network sees, and whole evaluations with and without a model."""
 
+import dataclasses
 import functools
 import json
+import pathlib
+import shutil
+import types
 
 import jax
 import numpy as np
@@ -16,9 +20,11 @@ from videogpt_jax.data import windows
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import fvd as evaluation
 from videogpt_jax.evaluation import report as report_lib
+from videogpt_jax.metrics import frames as frame_metrics
 from videogpt_jax.metrics import frechet
 from videogpt_jax.metrics import fvd
 from videogpt_jax.metrics import i3d
+from videogpt_jax.metrics import lpips
 
 FRAMES = i3d.MIN_FRAMES  # the shortest window, for speed
 
@@ -171,12 +177,166 @@ def test_fvd_of_a_model_by_seed(tmp_path, cheap):
   assert list(by_set) == ["seed_0", "seed_3"] and by_set["seed_0"] != by_set["seed_3"]
   assert report.summary["fvd"] == pytest.approx(np.mean(list(by_set.values())))
   assert report.summary["fvd_deviation"] == pytest.approx(np.std(list(by_set.values()), ddof=1))
+  # Frames: of each seed, by how far ahead they are, as a comparison of all at once has it.
+  assert set(report.summary["frames"]) == {"seed 0", "seed 3"}
+  assert [plot.ylabel for plot in report.plots] == ["MSE", "PSNR", "SSIM"]
+  assert set(report.videos[0].values) == {"MSE", "PSNR", "SSIM"}
   # The predictions begin with what was given, so they are nearer to the truth than noise is.
   row = report.videos[0]
   truth, made = (video.read(row.files[name]).frames for name in ("real", "seed_0"))
   history = weights.config["sample"]["history"]
   assert np.abs(truth[:history].astype(int) - made[:history]).mean() < 2
   assert np.abs(truth[history:].astype(int) - made[history:]).max() > 30
+
+
+@pytest.mark.parametrize(("changes", "name"), [
+  ({}, "kinetics600_5k"),
+  ({"videos": 5000, "frames": 16, "history": 5}, "kinetics600_5k"),
+  ({"videos": 64, "frames": 32}, "kinetics600_5k, changed: videos=64, frames=32"),
+  ({"layer": "pooled"}, "kinetics600_5k, changed: layer=pooled"),
+  ({"resize": "half_pixel"}, "kinetics600_5k, changed: resize=half_pixel"),
+  ({"covariance": "biased"}, "kinetics600_5k, changed: covariance=biased"),
+  ({"i3d_sha256": i3d.SHA256.upper()}, "kinetics600_5k"),
+  ({"i3d_sha256": "ab"}, "kinetics600_5k, changed: i3d_sha256=ab"),
+  ({"history": 3, "layer": "pooled"}, "kinetics600_5k, changed: history=3, layer=pooled"),
+  ({"videos_dir": ""}, "kinetics600_5k, changed: data=simulated world"),
+])
+def test_fvd_published_distances_stand_beside_those_of_their_protocol_alone(changes, name):
+  options = evaluation.Options(**{"protocol": "kinetics600_5k", "videos_dir": "real", **changes})
+  protocol = evaluation.resolve(options, None)
+  assert name.startswith(protocol.name)
+  found, published = evaluation._published(options, protocol)
+  assert found == name
+  assert [x.model for x in published] == (
+    ["MAGVIT-L", "Video-GPT"] if name == "kinetics600_5k" else [])
+
+
+def test_fvd_table_says_what_is_unknown_of_the_papers_protocol(tmp_path, cheap, monkeypatch):
+  real = _write(tmp_path / "real", _videos(2, size=(64, 64)))
+  whole = evaluation.run(Copying(64, 64), tmp_path / "a", _options(
+    protocol="kinetics600_5k", videos=2, videos_dir=real))
+  text = report_lib.text(whole)
+  assert "FVD, protocol kinetics600_5k, changed: videos=2, frames=9" in text
+  assert "unknown of the paper's protocol (arXiv 2505.12489): given frames" in text
+  assert "†" not in text
+  small = dataclasses.replace(fvd.PROTOCOLS["kinetics600_5k"], videos=2, frames=FRAMES)
+  monkeypatch.setitem(fvd.PROTOCOLS, "kinetics600_5k", small)
+  as_it_is = evaluation.run(Copying(64, 64), tmp_path / "b", evaluation.Options(
+    protocol="kinetics600_5k", videos_dir=real, processes=1))
+  assert "MAGVIT-L †" in report_lib.text(as_it_is)
+  assert "changed" not in report_lib.text(as_it_is)
+
+
+class Copying:
+  """Repeats the last frame it is given; wants frames of one size."""
+
+  path = "copying"
+  codec = types.SimpleNamespace(downsample=1)
+  model = types.SimpleNamespace(patch_size=1,
+                                backbone=types.SimpleNamespace(dtype=np.dtype(np.float32)))
+
+  def __init__(self, height, width):
+    self.params = {"weight": jax.numpy.ones(3)}
+    self.config = {"data": {"height": height, "width": width, "source": "videos"},
+                   "sample": {"history": 4}}
+
+  def continue_video(self, frames, num_frames, *, rng):
+    assert frames.shape[2:4] == (self.config["data"]["height"], self.config["data"]["width"])
+    return np.repeat(frames[:, -1:], num_frames, axis=1)
+
+
+def test_fvd_compares_predicted_frames_one_by_one(tmp_path, cheap, monkeypatch):
+  real = _videos(3, size=(48, 48))
+  options = _options(history=4, videos_dir=_write(tmp_path / "real", real), seeds=(0, 1))
+  model, seen = Copying(48, 48), []
+  report = evaluation.run(model, tmp_path / "out", options)
+  copied, truth = np.repeat(real[:, 3:4], FRAMES - 4, axis=1), real[:, 4:]
+  expected = {"MSE": frame_metrics.mse(copied, truth), "PSNR": frame_metrics.psnr(copied, truth),
+              "SSIM": frame_metrics.ssim(copied, truth)}
+  for plot in report.plots:
+    assert plot.x == [1, 2, 3, 4, 5] and list(plot.curves) == ["seed 0", "seed 1"]
+    np.testing.assert_allclose(plot.curves["seed 1"], expected[plot.ylabel].mean(axis=0))
+  assert report.plots[0].curves["seed 0"][0] < report.plots[0].curves["seed 0"][-1]
+  for i, row in enumerate(report.videos):
+    np.testing.assert_allclose(list(row.values.values()),
+                               [values[i].mean() for values in expected.values()])
+  report_lib.write(report, tmp_path / "out")
+  assert '"MSE of pixels / 255 (lower is better), by predicted frame",5,seed 0,' in (
+    tmp_path / "out" / "results.csv").read_text()
+  assert len(list((tmp_path / "out" / "plots").glob("*.png"))) == 3
+  # Cut short, one batch is predicted again; the rest is on disk.
+  (tmp_path / "out" / "items" / "seed_1%2F00001.json").unlink()
+  monkeypatch.setattr(model, "continue_video", lambda frames, n, *, rng: seen.append(1) or (
+    Copying.continue_video(model, frames, n, rng=rng)))
+  again = evaluation.run(model, tmp_path / "out", options)
+  assert len(seen) == 1 and again.tables == report.tables
+
+
+def test_fvd_compares_predicted_frames_by_lpips(tmp_path, cheap, monkeypatch):
+  distance = lambda x, y: np.abs(x.astype(float) - y).mean(axis=(-3, -2, -1))
+  monkeypatch.setattr(lpips, "Lpips", lambda network, channels: distance)
+  paths = tuple(str(tmp_path / name) for name in ("network.pth", "channels.pth"))
+  for path in paths:
+    pathlib.Path(path).write_bytes(b"weights")
+  real = _videos(2, size=(48, 48))
+  options = _options(history=4, videos_dir=_write(tmp_path / "real", real), lpips=paths)
+  report = evaluation.run(Copying(48, 48), tmp_path / "out", options)
+  assert report.tables[1].columns == ["set", "MSE", "PSNR", "SSIM", "LPIPS"]
+  np.testing.assert_allclose(report.plots[-1].curves["seed 0"],
+                             distance(real[:, 3:4], real[:, 4:]).mean(axis=0))
+  pathlib.Path(paths[1]).write_bytes(b"others")
+  with pytest.raises(InputError, match="another evaluation: compared"):
+    evaluation.run(Copying(48, 48), tmp_path / "out", options)
+
+
+def test_fvd_compares_every_model_with_the_same_sharp_truth(tmp_path, cheap):
+  """The videos are finer than the model: that blurs its predictions, and nothing else."""
+  real = _write(tmp_path / "real", _videos(3, size=(128, 128)))
+  options = _options(protocol="ucf101_2048", videos=3, history=4, videos_dir=real)
+  kept, distances = [], []
+  for side in (16, 128):
+    report = evaluation.run(Copying(side, side), tmp_path / str(side), options)
+    kept.append(frechet.load(tmp_path / str(side) / "statistics" / "real.npz"))
+    distances.append(report.summary["fvd"])
+    files = report.videos[0].files
+    truth, made = (video.read(files[name]).frames.astype(int) for name in ("real", "seed_0"))
+    assert np.abs(truth - made)[:4].mean() < 2.5  # the files are compressed
+    assert (np.abs(made[4] - made[3]).mean() > 5) == (side == 16)
+  np.testing.assert_array_equal(kept[0].mean, kept[1].mean)
+  np.testing.assert_allclose(kept[0].mean, cheap(_videos(3, size=(128, 128))).mean(axis=0),
+                             rtol=0, atol=1e-3)
+  assert distances[0] != distances[1]
+
+
+@pytest.mark.parametrize(("source", "size"), [
+  ((96, 128), (48, 96)),  # the model's crop would lose what the protocol sees at top and bottom
+  ((96, 128), (64, 64)),
+  ((96, 160), (64, 80)),
+])
+def test_fvd_predictions_show_the_same_part_of_a_video_as_the_truth(source, size, tmp_path, cheap):
+  y, x = np.mgrid[:source[0], :source[1]]
+  still = np.stack([y * 2, x, (x + y) // 2], axis=-1).astype(np.uint8)
+  real = _write(tmp_path / "real", np.repeat(still[None, None], FRAMES, axis=1).repeat(2, axis=0))
+  report = evaluation.run(Copying(*size), tmp_path / "out", _options(
+    protocol="kinetics600_5k", videos=2, videos_dir=real))
+  made = video.read(report.videos[0].files["seed_0"]).frames.astype(int)
+  assert np.abs(made[-1] - made[0]).max() < 12  # px of a ramp; another part is off by 30 or more
+
+
+def test_fvd_sees_that_listed_videos_are_others_now(tmp_path, cheap):
+  real, made = _videos(3), _videos(3, seed=5)
+  _write(tmp_path / "made", made)
+  (tmp_path / "made.txt").write_text("".join(f"made/{i}.mp4\n" for i in range(3)))
+  options = _options(videos_dir=_write(tmp_path / "real", real),
+                     generated=str(tmp_path / "made.txt"))
+  first = evaluation.run(None, tmp_path / "out", options).summary["fvd"]
+  shutil.rmtree(tmp_path / "made")
+  _write(tmp_path / "made", real)
+  second = evaluation.run(None, tmp_path / "out", options).summary["fvd"]
+  assert first > 1 and second == pytest.approx(0, abs=1e-6)
+  (tmp_path / "made" / "2.mp4").unlink()
+  with pytest.raises(InputError, match=r"cannot be used, such as made/2\.mp4: missing"):
+    evaluation.run(None, tmp_path / "out", options)
 
 
 def test_fvd_command_says_what_is_missing(tmp_path):

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 import pytest
 
-import processes
 import physics_small
+import processes
 from videogpt_jax.data import video
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import physics_iq
@@ -153,7 +153,8 @@ def test_a_restart_with_fewer_scenarios(data, tmp_path):
     path.unlink()
   (own / "descriptions.csv").unlink()
   fewer = _options(own, restart=True)
-  fewer = dataclasses.replace(fewer, protocol=dataclasses.replace(PROTOCOL, scenarios=1))
+  one = dataclasses.replace(physics_small.PROTOCOL, scenarios=1)
+  fewer = dataclasses.replace(fewer, protocol=one)
   assert len(physics_iq.measure(Copies().predictor(), out, fewer).rows) == 1
   assert not list(out.rglob("*scene-1*"))
   assert (out / "mine.txt").exists()

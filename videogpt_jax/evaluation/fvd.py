@@ -7,11 +7,13 @@
 Work is cut into batches of videos. A finished one leaves the statistics of its features in
 `statistics/SET/NUMBER.npz`, from which a second run goes on; at the end those of a set are merged
 in the order of the videos, so the result does not depend on how many processes there were.
-Without `--videos_dir` the videos are held-out ones of the simulated world.
+Without `--videos_dir` the videos are held-out ones of the simulated world. The frames that a
+model predicts are compared with the true ones too, by how far ahead they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import hashlib
 import itertools
 import os
 import pathlib
@@ -32,6 +34,7 @@ from videogpt_jax.data import listing as listing_lib
 from videogpt_jax.data import video
 from videogpt_jax.data import windows
 from videogpt_jax.errors import InputError
+from videogpt_jax.evaluation import frame_scores
 from videogpt_jax.evaluation import ledger as ledger_lib
 from videogpt_jax.evaluation import prediction
 from videogpt_jax.evaluation import progress as progress_lib
@@ -44,6 +47,7 @@ OWN = "own"  # the protocol of the model's own training
 REAL, GENERATED = "real", "generated"
 
 _WINDOW = 16  # frames of the protocol `OWN`
+_DISTANCE = ("layer", "resize", "covariance", "i3d_sha256")  # options that distances depend on
 _SHOWN = 8  # videos on the report's page
 _SIDE = 192  # px, to which small frames are enlarged there
 _TIMEOUT_S = 60.0  # of a decoder without a sign of life
@@ -88,6 +92,8 @@ class Options:
     batch_size: videos predicted at once, and the piece of work after which all is safe.
     processes: decoders; 0: one for each core.
     restart: forget what another evaluation left.
+    lpips: the files `lpips.Lpips` reads (network, channels' weights), to compare predicted frames
+      with the true ones; empty: LPIPS is left out.
   """
 
   protocol: str = OWN
@@ -107,6 +113,7 @@ class Options:
   batch_size: int = 16
   processes: int = 0
   restart: bool = False
+  lpips: tuple[str, ...] = ()
 
 
 def define_flags() -> None:
@@ -134,6 +141,9 @@ def define_flags() -> None:
   flags.DEFINE_string("i3d_sha256", i3d_lib.SHA256, "That the file of --i3d must have.")
   flags.DEFINE_integer("batch_size", 16, "Videos predicted at once.", lower_bound=1)
   flags.DEFINE_integer("processes", 0, "Decoders; default: one for each core.", lower_bound=0)
+  flags.DEFINE_list("lpips", [], "For LPIPS of predicted frames, two files of weights: "
+                    "torchvision's AlexNet (such as alexnet-owt-7be5be79.pth) and "
+                    "lpips/weights/v0.1/alex.pth of the package lpips.")
 
 
 def from_flags() -> Options:
@@ -143,8 +153,13 @@ def from_flags() -> Options:
     seeds = tuple(int(seed) for seed in f.seeds) if f.seeds else (f.seed,)
   except ValueError as error:
     raise InputError(f"--seeds must be whole numbers, got {','.join(f.seeds)}") from error
-  names = {field.name for field in dataclasses.fields(Options)} - {"seeds"}
-  return Options(seeds=seeds, **{name: getattr(f, name) for name in names})
+  if len(f.lpips) not in (0, 2):
+    raise InputError(f"--lpips names two files (NETWORK,CHANNELS), got {len(f.lpips)}")
+  if f.lpips and f.generated:
+    raise InputError("--lpips compares predictions with what they predict; the videos of "
+                     "--generated are of no real ones: leave one of them out")
+  names = {field.name for field in dataclasses.fields(Options)} - {"seeds", "lpips"}
+  return Options(seeds=seeds, lpips=tuple(f.lpips), **{name: getattr(f, name) for name in names})
 
 
 def needs_weights(options: Options) -> bool:
@@ -162,8 +177,8 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
     options: what is measured.
 
   Raises:
-    InputError: no weights of I3D, too few or too short videos, mixed resolutions, a protocol that
-      the model cannot follow, or results of another evaluation in `out`.
+    InputError: no weights of I3D or LPIPS, too few or too short videos, mixed resolutions, a
+      protocol that the model cannot follow, or results of another evaluation in `out`.
   """
   if len(set(options.seeds)) != len(options.seeds):
     raise InputError(f"--seeds names one twice: {','.join(map(str, options.seeds))}")
@@ -172,21 +187,24 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
     raise InputError("nothing to measure: give --checkpoint, or --generated=DIR")
   protocol = resolve(options, model)
   real = _real(options, protocol, model)
+  continued = real if model is None else _continued(real, protocol, model)
   generated = None
   if model is None:
     generated = _listed(options.generated, protocol, options, interval=1, drawn=False,
                         fit=_fit(protocol, None))
   extractor = fvd.Extractor(options.i3d, sha256=options.i3d_sha256, layer=options.layer,
                             resize=options.resize)
+  comparison = None if model is None else frame_scores.Comparison(options.lpips)
   identity: dict[str, Any] = {
     "benchmark": "fvd", **({} if model is None else weights_lib.identity(model)),
     "protocol": dataclasses.asdict(protocol), REAL: real.identity,
-    GENERATED: generated.identity if generated else None, "batch_size": options.batch_size,
+    GENERATED: generated.identity if generated else None, "given": continued.identity.get("given"),
+    "compared": comparison.identity if comparison else None, "batch_size": options.batch_size,
     **extractor.kind(protocol.frames)}
   ledger = ledger_lib.Ledger(out, identity, restart=options.restart,
                              outputs=("statistics", "videos", *report_lib.OUTPUTS),
                              inputs=(options.videos_dir, options.generated))
-  work = _Work(out, ledger, extractor, protocol, options)
+  work = _Work(out, ledger, extractor, comparison, protocol, options)
   work.features(REAL, real)
   if generated is not None:
     sets = [GENERATED]
@@ -194,12 +212,12 @@ def run(weights: weights_lib.Weights | None, out: pathlib.Path, options: Options
   else:
     sets = [f"seed_{seed}" for seed in options.seeds]
     for name, seed in zip(sets, options.seeds, strict=True):
-      work.features(name, real, model, seed)
+      work.features(name, continued, model, seed)
   return _report(work, real, generated, sets, model)
 
 
 def resolve(options: Options, model: weights_lib.Weights | None) -> fvd.Protocol:
-  """The protocol with what the options say in place of its own values.
+  """The protocol with what the options say in place of its own values, which its name then tells.
 
   Raises:
     InputError: settings that make no sense, or that a model cannot follow.
@@ -217,19 +235,39 @@ def resolve(options: Options, model: weights_lib.Weights | None) -> fvd.Protocol
     ("videos", options.videos), ("frames", options.frames)) if value}
   if options.history is not None:
     changed["history"] = options.history
-  found = dataclasses.replace(found, **changed)
+  changed = {name: value for name, value in changed.items() if value != getattr(found, name)}
+  found = dataclasses.replace(found, **changed, name=_named(found.name, changed))
   if found.frames < i3d_lib.MIN_FRAMES:
     raise InputError(f"--frames={found.frames}: I3D needs windows of at least {i3d_lib.MIN_FRAMES} "
                      "frames; 16 are usual")
   if model and not 0 < found.history < found.frames:
     if not found.history:
       raise InputError(
-        f"the protocol {found.name} is of videos made from nothing, and this model continues "
+        f"the protocol {options.protocol} is of videos made from nothing, and this model continues "
         "videos: give --history=N to measure continuations instead, or --generated=DIR with "
         "videos that were made elsewhere")
     raise InputError(f"{found.history} frames of history leave none to predict in a window of "
                      f"{found.frames}; change --history or --frames")
   return found
+
+
+def _named(name: str, changed: Mapping[str, Any]) -> str:
+  if not changed:
+    return name
+  so_far = f"{name}, " if ", changed: " in name else f"{name}, changed: "
+  return so_far + ", ".join(f"{key}={value}" for key, value in changed.items())
+
+
+def _published(options: Options, protocol: fvd.Protocol) -> tuple[str, list[Published]]:
+  """The protocol's name with all that differs from it, and what compares: if that is nothing."""
+  changed = {name: getattr(options, name) for name in _DISTANCE
+             if getattr(options, name).lower() != getattr(Options, name)}
+  if not options.videos_dir:
+    changed["data"] = "simulated world"
+  name = protocol.name if protocol.name == OWN else _named(protocol.name, changed)
+  if changed or fvd.PROTOCOLS.get(protocol.name) != protocol:
+    return name, []
+  return name, [x for x in PUBLISHED if protocol.name.startswith(x.protocol)]
 
 
 # Videos -----------------------------------------------------------------------------------
@@ -242,6 +280,7 @@ class _Videos:
   Attributes:
     items: what the loader takes.
     names: of the videos.
+    files: of each, what tells it from another one of the same name; empty: names say all.
     loader: makes windows of them.
     identity: JSON-able, what decides the windows.
     must_all: whether every one has to be usable.
@@ -249,6 +288,7 @@ class _Videos:
 
   items: Sequence[Any]
   names: Sequence[str]
+  files: Sequence[str]
   loader: windows.Files | windows.Worlds
   identity: dict[str, Any]
   must_all: bool
@@ -277,16 +317,29 @@ def _real(options: Options, protocol: fvd.Protocol, model: weights_lib.Weights |
                      f"{i3d_lib.MIN_FRAMES}, or --videos_dir=DIR")
   count = protocol.videos or 64
   seeds = [world.held_out_seed(i) for i in range(count)]
-  return _Videos(seeds, [f"held_out_{i}" for i in range(count)],
+  return _Videos(seeds, [f"held_out_{i}" for i in range(count)], [],
                  windows.Worlds(settings, protocol.frames),
                  {"world": dataclasses.asdict(settings), "videos": count}, must_all=False)
 
 
 def _fit(protocol: fvd.Protocol, model: weights_lib.Weights | None) -> fit_lib.Fit | None:
-  """A model sees its own size; without one, videos come to that of the protocol."""
-  if model is not None:
-    return fit_lib.of(model.config["data"], model.codec.downsample, model.model.patch_size)
-  return fit_lib.Fit(sizes=(protocol.size,)) if protocol.size else None
+  """Of what is compared: the protocol's size, so that the truth is as sharp for every model."""
+  if protocol.size:
+    return fit_lib.Fit(sizes=(protocol.size,))
+  return None if model is None else _model_fit(model)
+
+
+def _model_fit(model: weights_lib.Weights) -> fit_lib.Fit:
+  return fit_lib.of(model.config["data"], model.codec.downsample, model.model.patch_size)
+
+
+def _continued(real: _Videos, protocol: fvd.Protocol, model: weights_lib.Weights) -> _Videos:
+  """The real videos, with their first frames as the model wants them where that is another size."""
+  if protocol.size is None or not isinstance(real.loader, windows.Files):
+    return real
+  fit = _model_fit(model)
+  loader = dataclasses.replace(real.loader, model_fit=fit, history=protocol.history)
+  return dataclasses.replace(real, loader=loader, identity={**real.identity, "given": str(fit)})
 
 
 def _listed(path: str, protocol: fvd.Protocol, options: Options, *, interval: int, drawn: bool,
@@ -301,15 +354,25 @@ def _listed(path: str, protocol: fvd.Protocol, options: Options, *, interval: in
                              root=options.root if is_real else "")
   count = protocol.videos or len(listing)
   if len(listing) < count:
-    raise InputError(f"{path} has {len(listing)} videos, the protocol {protocol.name} takes "
+    raise InputError(f"{path} has {len(listing)} videos, the protocol {options.protocol} takes "
                      f"{count}; give more, or --videos={len(listing)} for a distance that compares "
                      "with no published one")
   chosen = np.sort(np.random.default_rng(0).permutation(len(listing))[:count])
   segments = [listing[int(i)] for i in chosen]
   return _Videos(segments, [segment.name for segment in segments],
+                 [_file_state(listing.root / segment.path) for segment in segments],
                  windows.Files(listing.root, protocol.frames, interval, fit, drawn),
                  {"listing": listing.digest, "videos": count, "interval": interval,
                   "drawn": drawn, "fit": str(fit)}, must_all=not is_real)
+
+
+def _file_state(path: pathlib.Path) -> str:
+  """Size and time of a file: a list names the same videos when others have taken their place."""
+  try:
+    found = path.stat()
+  except OSError:
+    return "missing"
+  return f"{found.st_size} {found.st_mtime_ns}"
 
 
 # Work -------------------------------------------------------------------------------------
@@ -319,8 +382,10 @@ class _Work:
   """Features of sets of videos, batch after batch, each kept on disk."""
 
   def __init__(self, out: pathlib.Path, ledger: ledger_lib.Ledger, extractor: fvd.Extractor,
-               protocol: fvd.Protocol, options: Options) -> None:
+               comparison: frame_scores.Comparison | None, protocol: fvd.Protocol,
+               options: Options) -> None:
     self.out, self.ledger, self.extractor = out, ledger, extractor
+    self._comparison = comparison
     self.protocol, self.options = protocol, options
     self._size: tuple[int, ...] | None = None  # of videos that stay as they are
 
@@ -329,7 +394,8 @@ class _Work:
     """Makes the statistics of the set `name`; of predictions if there is a model."""
     (self.out / "statistics" / name).mkdir(parents=True, exist_ok=True)
     batches = _batches(name, len(videos.items), self.options.batch_size)
-    unfinished = self.ledger.mine(list(batches))
+    states = {batch: _state(videos, rows) for batch, rows in batches.items()}
+    unfinished = self._mine(states)
     if not unfinished:
       return
     progress = progress_lib.Progress(f"{name} videos", sum(len(batches[x]) for x in unfinished))
@@ -350,18 +416,31 @@ class _Work:
                   if not isinstance(result, decoders_lib.Rejected)]
         statistics = frechet.empty(self.extractor.size,
                                    self.extractor.kind(self.protocol.frames), name)
-        for rows, frames, fps in self._by_size(usable, videos):
+        compared: list[dict[str, Any]] = []
+        for rows, loaded_windows in self._by_size(usable, videos):
+          frames = self._resized(np.stack([window.frames for window in loaded_windows]))
           if model is not None:
             rng = jax.random.fold_in(jax.random.key(seed), rows[0])
             with prediction.of(f"batch {batch}, videos from {rows[0]} on"):
-              frames = self._predicted(model, frames, rng)
-          frames = self._resized(frames)
-          self._show(name, rows, frames, fps)
+              made = self._predicted(model, loaded_windows, rng)
+            if self._comparison is not None:
+              compared.append({"rows": rows, **self._comparison(
+                made, frames[:, self.protocol.history:])})
+            # The given frames are the true ones, on both sides from the same place.
+            frames = np.concatenate([frames[:, :self.protocol.history], made], axis=1)
+          self._show(name, rows, frames, loaded_windows[0].fps)
           statistics = statistics.add(self.extractor(frames))
         statistics.save(self._file(batch))
         self.ledger.put(batch, {"videos": statistics.count, "rejected": rejected,
-                                "size": self._size})
+                                "size": self._size, "files": states[batch], "compared": compared})
         progress.add(len(results))
+
+  def _mine(self, states: Mapping[str, str]) -> list[str]:
+    """This process's share of the batches that are not finished, or were of other files."""
+    unfinished = [batch for batch, state in states.items()
+                  if (self.ledger.get(batch) or {}).get("files") != state]
+    self.ledger.wait()  # all see the same unfinished ones before any finishes more
+    return unfinished[jax.process_index()::jax.process_count()]
 
   def merged(self, name: str, count: int) -> tuple[frechet.Statistics, list[tuple[str, str]]]:
     """The statistics of a whole set, and the videos that were left out, with reasons."""
@@ -377,6 +456,12 @@ class _Work:
       total.save(self.out / "statistics" / f"{name}.npz")
     return total, rejected
 
+  def compared(self, name: str, count: int) -> frame_scores.Means:
+    """What the comparison of a whole set of predictions came to."""
+    results = self.ledger.all(list(_batches(name, count, self.options.batch_size)))
+    return frame_scores.merge(itertools.chain.from_iterable(
+      result["compared"] for result in results.values()), _SHOWN)
+
   def shown(self, name: str, row: int) -> pathlib.Path:
     """The file of a video on the report's page."""
     return self.out / "videos" / f"{row:05d}_{name}.mp4"
@@ -385,15 +470,18 @@ class _Work:
     return self.out / "statistics" / f"{batch}.npz"
 
   def _by_size(self, usable: Sequence[tuple[int, windows.Window]], videos: _Videos
-               ) -> Iterator[tuple[list[int], UInt8[np.ndarray, "B T H W 3"], float]]:
-    """Those of one resolution, in the order of the videos: numbers, frames, rate."""
-    key = lambda pair: pair[1].frames.shape[1:3]
-    for size, group in itertools.groupby(usable, key):
+               ) -> Iterator[tuple[list[int], list[windows.Window]]]:
+    """Those of one resolution, in the order of the videos, and their numbers."""
+    key = lambda pair: (pair[1].frames.shape[1:3], self._given(pair[1]).shape[1:3])
+    for (size, _), group in itertools.groupby(usable, key):
       if getattr(videos.loader, "fit", True) is None:
         self._check_size(size)
       part = list(group)
-      yield ([i for i, _ in part], np.stack([window.frames for _, window in part]),
-             part[0][1].fps)
+      yield [i for i, _ in part], [window for _, window in part]
+
+  def _given(self, window: windows.Window) -> UInt8[np.ndarray, "h H W 3"]:
+    """What a model is given of a window, at its own size."""
+    return window.frames[:self.protocol.history] if window.given is None else window.given
 
   def _check_size(self, size: Sequence[int]) -> None:
     self._size = self._size or tuple(size)
@@ -402,14 +490,28 @@ class _Work:
         f"mixed resolutions: one video is of {self._size[0]}x{self._size[1]} px, another of "
         f"{size[0]}x{size[1]} px; bring all to the same size, or take a --protocol that does")
 
-  def _predicted(self, model: weights_lib.Weights, frames: UInt8[np.ndarray, "B T H W 3"],
-                 rng: jax.Array) -> UInt8[np.ndarray, "B T H W 3"]:
-    """The history with what the model predicts after it; one compilation serves all batches."""
-    rows = np.minimum(np.arange(self.options.batch_size), len(frames) - 1)
-    history = frames[:, :self.protocol.history]
+  def _predicted(self, model: weights_lib.Weights, of: Sequence[windows.Window],
+                 rng: jax.Array) -> UInt8[np.ndarray, "B G h w 3"]:
+    """What the model predicts of windows, at the size of what is compared.
+
+    One compilation serves all batches of a size.
+    """
+    rows = np.minimum(np.arange(self.options.batch_size), len(of) - 1)
+    history = np.stack([self._given(window) for window in of])
     made = prediction.continued(model, history[rows],
                                 self.protocol.frames - self.protocol.history, rng=rng)
-    return np.concatenate([history, made[:len(frames)]], axis=1)
+    return np.concatenate([self._resized(self._unsqueezed(frames, window.squeezed)[None])
+                           for frames, window in zip(made, of, strict=False)])
+
+  def _unsqueezed(self, frames: UInt8[np.ndarray, "G H W 3"], source: tuple[int, int] | None
+                  ) -> UInt8[np.ndarray, "G Hs Ws 3"]:
+    """Frames with the proportions of their source again, so large that they cover the window."""
+    if source is None or self.protocol.size is None:
+      return frames
+    factor = max(self.protocol.size[0] / source[0], self.protocol.size[1] / source[1])
+    height, width = (max(wanted, round(side * factor))
+                     for wanted, side in zip(self.protocol.size, source, strict=True))
+    return np.stack([video.stretch(frame, height, width) for frame in frames])
 
   def _resized(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> UInt8[np.ndarray, "B T h w 3"]:
     if self.protocol.size is None:
@@ -424,6 +526,13 @@ class _Work:
         path = self.shown(name, row)
         files.make_folder(path.parent)
         video.write_mp4(path, video.enlarge(one, max(1, _SIDE // one.shape[1])), fps)
+
+
+def _state(videos: _Videos, rows: range) -> str:
+  """Of the files of a batch; others make it unfinished."""
+  if not videos.files:
+    return ""
+  return hashlib.sha256("\n".join(videos.files[i] for i in rows).encode()).hexdigest()[:16]
 
 
 def _batches(name: str, count: int, size: int) -> dict[str, range]:
@@ -456,23 +565,40 @@ def _report(work: _Work, real: _Videos, generated: _Videos | None, sets: Sequenc
                                        for name, value in distances.items()]
   if deviation is not None:
     rows.append([f"mean of {len(values)} seeds, ± {deviation:.4g}", mean, None, "measured"])
-  known = [x for x in PUBLISHED if protocol.name.startswith(x.protocol)]
+  title, known = _published(options, protocol)
   published = list(range(len(rows), len(rows) + len(known)))
   rows += [[x.model, x.fvd, None, x.source] for x in known]
   about = (f"{protocol.frames} frames, {protocol.history} of them given; {options.layer} of I3D, "
-           f"resize {options.resize}, covariance {options.covariance}. {protocol.known_from}.")
-  table = report_lib.Table(f"FVD, protocol {protocol.name}", ["set", "FVD", "videos", "source"],
+           f"resize {options.resize}, covariance {options.covariance}. "
+           + ("Before the changes: " if ", changed: " in title else "") + f"{protocol.known_from}"
+           + (f"; {protocol.unknown}." if protocol.unknown else "."))
+  table = report_lib.Table(f"FVD, protocol {title}", ["set", "FVD", "videos", "source"],
                            rows, " ".join([about, *notes]), published)
+  compared = {} if model is None else {
+    name.replace("_", " "): work.compared(name, len(real.items)) for name in sets}
   shown = [report_lib.VideoRow(
-    real.names[row], {name: work.shown(name, row) for name in (REAL, *sets)}, {}, 0.0,
+    real.names[row], {name: work.shown(name, row) for name in (REAL, *sets)},
+    frame_scores.of_video(compared, row), 0.0,
     protocol.history) for row in range(min(_SHOWN, len(real.items)))
     if all(work.shown(name, row).exists() for name in (REAL, *sets))]
   settings = {"checkpoint": model.path if model else None, "generated": options.generated,
               "videos_dir": options.videos_dir, "protocol": dataclasses.asdict(protocol),
               "covariance": options.covariance, "real": real.identity, **truth.kind}
-  summary = {"fvd": mean, "fvd_deviation": deviation, "fvd_by_set": distances,
+  summary: dict[str, Any] = {"fvd": mean, "fvd_deviation": deviation, "fvd_by_set": distances,
              "videos": truth.count, "rejected": len(rejected), "caution": " ".join(notes)}
-  return report_lib.Report("FVD", settings, [table], [], shown, summary)
+  tables, plots = [table], []
+  if compared:
+    tables += frame_scores.tables(compared, _compared_note(protocol, truth.count))
+    plots = frame_scores.plots(compared)
+    summary["frames"] = {name: {key: float(values.mean()) for key, values in means.by_frame.items()}
+                         for name, means in compared.items()}
+  return report_lib.Report("FVD", settings, tables, plots, shown, summary)
+
+
+def _compared_note(protocol: fvd.Protocol, videos: int) -> str:
+  size = f"{protocol.size[0]}x{protocol.size[1]} px" if protocol.size else "the model's size"
+  return (f"{videos} videos, frames of {size}, {protocol.history} given, "
+          f"{protocol.frames - protocol.history} predicted")
 
 
 def _caution(truth: frechet.Statistics, counts: dict[str, int]) -> str:

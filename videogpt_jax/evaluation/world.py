@@ -170,13 +170,14 @@ def measure(predict: Predict, settings: world.Settings, history: int, out: pathl
       ledger.put(item, batches(starts[item], length))
       progress.add(length)
   results = list(ledger.all(list(starts)).values())
-  scores = evidence_lib.of_samples([
+  mean, best = evidence_lib.of_samples([
     _joined([result["scores"][evidence_lib.MODEL][i] for result in results])
     for i in range(options.samples)])
+  scores = {evidence_lib.MODEL: mean}
   scores |= {name: _joined([result["scores"][name][0] for result in results])
              for name in baselines.BASELINES}
   videos = [(caption, label) for result in results for caption, label in result["videos"]]
-  return evidence_lib.Evidence(settings, history, scores), videos
+  return evidence_lib.Evidence(settings, history, scores, best), videos
 
 
 class _Batches:
@@ -312,7 +313,7 @@ _BETTER = {"mse": report_lib.LOWER, "psnr": report_lib.HIGHER, "ssim": report_li
 def _report(weights: weights_lib.Weights, found: evidence_lib.Evidence,
             videos: Sequence[tuple[str, int]], out: pathlib.Path, options: Options,
             summary: dict[str, Any]) -> report_lib.Report:
-  names, metrics = list(found.scores), found.metrics()
+  names, metrics = found.names(), found.metrics()
   frames = list(range(1, found.settings.frames - found.history + 1))
   curves = {key: {name: found.by_frame(name, key).tolist() for name in names} for key in metrics}
   overall = {name: [_whole(found, name, key) for key in metrics] for name in names}
@@ -355,17 +356,22 @@ def _scenarios(found: evidence_lib.Evidence, labels: Sequence[int]
   parts = {}
   for label in sorted(set(labels)):
     rows = np.array(labels) == label
-    scores = {name: evidence_lib.Scores(**{
-      field.name: getattr(x, field.name)[rows] for field in dataclasses.fields(x)})
-      for name, x in found.scores.items()}
-    parts[world.LABELS[label]] = dataclasses.replace(found, scores=scores)
+    parts[world.LABELS[label]] = dataclasses.replace(
+      found, scores={name: _of_rows(x, rows) for name, x in found.scores.items()},
+      best={key: _of_rows(x, rows) for key, x in found.best.items()})
   return parts
+
+
+def _of_rows(scores: evidence_lib.Scores, rows: np.ndarray) -> evidence_lib.Scores:
+  return evidence_lib.Scores(**{field.name: getattr(scores, field.name)[rows]
+                                for field in dataclasses.fields(scores)})
 
 
 def _whole(found: evidence_lib.Evidence, name: str, key: str) -> float:
   """A metric over all videos and frames."""
   metric = evidence_lib.METRICS[key]
-  values = [getattr(found.scores[name], field).reshape(-1) for field in metric.fields]
+  scores = found.of(name, key)
+  values = [getattr(scores, field).reshape(-1) for field in metric.fields]
   return float(metric.value(*values, axis=0))
 
 

@@ -22,7 +22,6 @@ from videogpt_jax.telemetry import plots
 MODEL = "model"
 BEST = "model_best"  # of several samples
 
-_EQUAL_PSNR = 100.0  # dB that equal frames count; their infinite PSNR would swallow every mean
 _FOLLOWED = 0.5  # share of the objects whose energy says something of that of all
 _RED = "#d1342f"  # the model's curve
 
@@ -111,7 +110,7 @@ def score(settings: world.Settings, predicted: UInt8[np.ndarray, "V G S S 3"],
   """
   truth = np.stack([sample.frames[history:] for sample in samples])
   error = frame_metrics.mse(predicted, truth)
-  decibels = np.minimum(frame_metrics.psnr_from_mse(error), _EQUAL_PSNR)
+  decibels = np.minimum(frame_metrics.psnr_from_mse(error), frame_metrics.EQUAL_PSNR)
   followed = [objects.follow(settings, frames, sample, history, hidden)
               for frames, sample in zip(predicted, samples, strict=True)]
   rest = {field.name: np.stack([getattr(x, field.name) for x in followed])
@@ -120,25 +119,23 @@ def score(settings: world.Settings, predicted: UInt8[np.ndarray, "V G S S 3"],
   return Scores(error, decibels, frame_metrics.ssim(predicted, truth), lpips, **rest)
 
 
-def of_samples(samples: Sequence[Scores]) -> dict[str, Scores]:
+def of_samples(samples: Sequence[Scores]) -> tuple[Scores, dict[str, Scores]]:
   """Scores of a model that predicted every video several times, with different noise.
 
   Returns:
-    `MODEL`: the mean over the samples; and, if there are several, `BEST`: of each video the
-    sample that is best by a metric (its mean over frames), for every metric by itself.
+    The mean over the samples; and by metric, if there are several, all scores of the sample of
+    each video that is best by this metric (its mean over frames). Metrics share fields, so one
+    `Scores` cannot hold the best of all.
   """
   stacked = {field.name: np.stack([getattr(x, field.name) for x in samples])
              for field in dataclasses.fields(Scores)}
-  found = {MODEL: Scores(**{name: objects.mean(x, axis=0) for name, x in stacked.items()})}
-  if len(samples) == 1:
-    return found
-  best: dict[str, np.ndarray] = {}
-  for metric in METRICS.values():
+  mean = Scores(**{name: objects.mean(x, axis=0) for name, x in stacked.items()})
+  best: dict[str, Scores] = {}
+  for key, metric in METRICS.items() if len(samples) > 1 else ():
     loss = np.stack([metric.loss(metric.of(x, axis=1)) for x in samples])
     chosen = np.where(np.isnan(loss), np.inf, loss).argmin(axis=0)
-    for field in metric.fields:
-      best[field] = stacked[field][chosen, np.arange(len(chosen))]
-  return found | {BEST: Scores(**best)}
+    best[key] = Scores(**{name: x[chosen, np.arange(len(chosen))] for name, x in stacked.items()})
+  return mean, best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +146,21 @@ class Evidence:
     settings: the world.
     history: frames that every predictor was given, h.
     scores: by predictor, the model first, then the baselines.
+    best: by metric, of the model's best samples, see `of_samples`; empty if there is one.
   """
 
   settings: world.Settings
   history: int
   scores: Mapping[str, Scores]
+  best: Mapping[str, Scores] = dataclasses.field(default_factory=dict)
+
+  def names(self) -> list[str]:
+    """The predictors: the model, `BEST` if it made several samples, the baselines."""
+    return [MODEL, *([BEST] if self.best else []), *(name for name in self.scores if name != MODEL)]
+
+  def of(self, name: str, key: str) -> Scores:
+    """The scores of predictor `name` that count for a metric."""
+    return self.best[key] if name == BEST else self.scores[name]
 
   def metrics(self) -> dict[str, Metric]:
     """Those that say something of this world."""
@@ -164,15 +171,15 @@ class Evidence:
 
   def by_frame(self, name: str, key: str) -> Float[np.ndarray, " G"]:
     """A metric of predictor `name`, over videos, by predicted frame."""
-    return METRICS[key].of(self.scores[name], axis=0)
+    return METRICS[key].of(self.of(name, key), axis=0)
 
   def by_video(self, name: str, key: str) -> Float[np.ndarray, " V"]:
     """A metric of predictor `name`, over frames, by video."""
-    return METRICS[key].of(self.scores[name], axis=1)
+    return METRICS[key].of(self.of(name, key), axis=1)
 
   def summary(self) -> dict[str, Any]:
     """The figures as a dict that JSON can hold; means over videos, lists by frame."""
-    names = [name for name in self.scores if name not in (MODEL, BEST)]
+    names = [name for name in self.scores if name != MODEL]
     found = {
       "evaluated_videos": len(self.scores[MODEL].mse),
       "history": self.history,
@@ -188,7 +195,7 @@ class Evidence:
   def _lists(self, key: str) -> dict[str, list[float | None]]:
     # NaN is no JSON: a frame in which no video shows an object has no position error.
     return {name: [float(v) if np.isfinite(v) else None for v in self.by_frame(name, key)]
-            for name in self.scores}
+            for name in self.names()}
 
 
 def plot(evidence: Evidence, path: str | pathlib.Path) -> None:
@@ -197,7 +204,7 @@ def plot(evidence: Evidence, path: str | pathlib.Path) -> None:
   panels = figure.subplots(1, 2)
   titles = ("Mean square error of pixels / 255", "Position error of objects, px")
   for panel, field, title in zip(panels, ("mse", "position"), titles, strict=True):
-    for i, name in enumerate(evidence.scores):
+    for i, name in enumerate(evidence.names()):
       _draw_curve(panel, evidence, name, field, i)
     panel.set_title(title, fontsize=11, loc="left")
     panel.set_xlabel("predicted frame")
@@ -223,7 +230,6 @@ _BASELINE_COLOURS = ("#7f7f7f", "#bc8f5f", "#9a7fb5", "#5f9ea0", "#2e8b57")
 
 
 def _draw_curve(panel: Any, evidence: Evidence, name: str, field: str, index: int) -> None:
-  values = getattr(evidence.scores[name], field)
   mean = evidence.by_frame(name, field)
   x = np.arange(1, len(mean) + 1)
   if name == BEST:
@@ -234,6 +240,7 @@ def _draw_curve(panel: Any, evidence: Evidence, name: str, field: str, index: in
     dashes = "--" if name in baselines.SCORED_BY_PIXELS else "-"
     panel.plot(x, mean, dashes, color=colour, linewidth=1.4, marker=".", label=name)
     return
+  values = getattr(evidence.scores[name], field)
   counts = np.maximum(np.sum(np.isfinite(values), axis=0), 1)
   spread = np.sqrt(objects.mean((values - mean) ** 2, axis=0) / counts)
   panel.fill_between(x, mean - spread, mean + spread, color=_RED, alpha=0.18, linewidth=0)

@@ -13,7 +13,8 @@ import numpy as np
 
 from videogpt_jax.errors import InputError
 
-_SSIM_WINDOW = 11
+EQUAL_PSNR = 100.0  # dB that equal frames count in means, which their infinite PSNR would swallow
+SSIM_WINDOW = 11  # px, the least side of frames that have one
 
 
 def mse(
@@ -66,9 +67,9 @@ def ssim(
   """
   _check(predicted, truth)
   height, width = truth.shape[-3:-1]
-  if min(height, width) < _SSIM_WINDOW:
+  if min(height, width) < SSIM_WINDOW:
     raise InputError(
-      f"SSIM needs frames of at least {_SSIM_WINDOW} px a side, got {height}x{width}"
+      f"SSIM needs frames of at least {SSIM_WINDOW} px a side, got {height}x{width}"
     )
   return _by_frame(_ssim_of_frame, predicted, truth)
 

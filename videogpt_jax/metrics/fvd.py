@@ -47,6 +47,7 @@ class Protocol:
       uniformly, by its name.
     interval: every how many frames of a real video one is taken; 0: as the model was trained.
     known_from: the sources of these values, and what is chosen here.
+    unknown: what is not known of the protocol of the paper's own distances.
   """
 
   name: str
@@ -57,18 +58,23 @@ class Protocol:
   sampling: str
   interval: int
   known_from: str
+  unknown: str = ""
 
+
+_PAPER = "unknown of the paper's protocol (arXiv 2505.12489): "
+_UCF101_UNKNOWN = _PAPER + "size, number of videos, sampling, I3D weights, whether by class"
 
 PROTOCOLS = {protocol.name: protocol for protocol in (
   Protocol("kinetics600_5k", 5, 16, (64, 64), 5_000, RANDOM, 1,
            "5 given and 11 predicted frames of 64x64 px: as in MAGVIT (arXiv 2212.05199); "
-           "chosen here: 5,000 validation videos, one prediction each; windows begin anywhere"),
+           "chosen here: 5,000 validation videos, one prediction each; windows begin anywhere",
+           _PAPER + "given frames, size, number of videos, interval, split, I3D weights"),
   Protocol("ucf101_2048", 0, 16, (128, 128), 2_048, RANDOM, 1,
            "2,048 windows of 16 frames, drawn from the data, of 128x128 px: as asked for and "
            "answered for MoCoGAN-HD (arXiv 2104.15069, issue 7 of its repository); the count and "
-           "length are also those of StyleGAN-V's fvd2048_16f"),
+           "length are also those of StyleGAN-V's fvd2048_16f", _UCF101_UNKNOWN),
   Protocol("ucf101_10k", 0, 16, (128, 128), 10_000, RANDOM, 1,
-           "as ucf101_2048, with 10,000 videos"),
+           "as ucf101_2048, with 10,000 videos", _UCF101_UNKNOWN),
 )}
 
 
