@@ -19,18 +19,17 @@ from videogpt_jax.metrics import lpips as lpips_lib
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A measure of frames: a short name, a title with units, and what is better."""
+  """A measure of frames: a short name, and a title with units and what is better."""
 
   name: str
   title: str
-  better: str
 
 
 METRICS = {
-  "mse": Metric("MSE", "MSE of pixels / 255 (lower is better)", report_lib.LOWER),
-  "psnr": Metric("PSNR", "PSNR in dB (higher is better)", report_lib.HIGHER),
-  "ssim": Metric("SSIM", "SSIM (higher is better)", report_lib.HIGHER),
-  "lpips": Metric("LPIPS", "LPIPS (lower is better)", report_lib.LOWER),
+  "mse": Metric("MSE", "MSE of pixels / 255 (lower is better)"),
+  "psnr": Metric("PSNR", "PSNR in dB (higher is better)"),
+  "ssim": Metric("SSIM", "SSIM (higher is better)"),
+  "lpips": Metric("LPIPS", "LPIPS (lower is better)"),
 }
 
 
@@ -115,20 +114,22 @@ def of_video(found: Mapping[str, Means], row: int) -> dict[str, float]:
 
 
 def tables(found: Mapping[str, Means], note: str) -> list[report_lib.Table]:
-  """Of sets by name: all frames together; and by metric, by predicted frame."""
+  """Of sets by name: all frames together; and by metric, by predicted frame.
+
+  None is marked as best: the sets are of one model, by seed.
+  """
   keys = list(next(iter(found.values())).by_frame)
   whole = {name: [float(means.by_frame[key].mean()) for key in keys]
            for name, means in found.items()}
   made = [report_lib.Table(
     "Predicted frames against the true ones, means", ["set", *(METRICS[key].name for key in keys)],
-    [[name, *values] for name, values in whole.items()], note,
-    better={METRICS[key].name: METRICS[key].better for key in keys})]
+    [[name, *values] for name, values in whole.items()], note)]
   for i, key in enumerate(keys):
     by_frame = np.stack([means.by_frame[key] for means in found.values()], axis=1).tolist()
     made.append(report_lib.Table(
       f"{METRICS[key].title}, by predicted frame", ["frame", *found],
       [*([str(frame), *values] for frame, values in enumerate(by_frame, 1)),
-       ["mean", *(values[i] for values in whole.values())]], across=METRICS[key].better))
+       ["mean", *(values[i] for values in whole.values())]]))
   return made
 
 
