@@ -240,9 +240,10 @@ class Copying:
     self.config = {"data": {"height": height, "width": width, "source": "videos"},
                    "sample": {"history": 4}}
 
-  def continue_video(self, frames, num_frames, *, rng):
+  def stream(self, frames, num_frames, *, clip_frames=None, rng):
     assert frames.shape[2:4] == (self.config["data"]["height"], self.config["data"]["width"])
-    return np.repeat(frames[:, -1:], num_frames, axis=1)
+    made = np.repeat(frames[:, -1:], num_frames, axis=1)
+    yield types.SimpleNamespace(frames=made, latents=made)
 
 
 def test_fvd_compares_predicted_frames_one_by_one(tmp_path, cheap, monkeypatch):
@@ -266,8 +267,8 @@ def test_fvd_compares_predicted_frames_one_by_one(tmp_path, cheap, monkeypatch):
   assert len(list((tmp_path / "out" / "plots").glob("*.png"))) == 3
   # Cut short, one batch is predicted again; the rest is on disk.
   (tmp_path / "out" / "items" / "seed_1%2F00001.json").unlink()
-  monkeypatch.setattr(model, "continue_video", lambda frames, n, *, rng: seen.append(1) or (
-    Copying.continue_video(model, frames, n, rng=rng)))
+  monkeypatch.setattr(model, "stream", lambda frames, n, **rest: seen.append(1) or (
+    Copying.stream(model, frames, n, **rest)))
   again = evaluation.run(model, tmp_path / "out", options)
   assert len(seen) == 1 and again.tables == report.tables
 
