@@ -31,6 +31,7 @@ from videogpt_jax import train
 from videogpt_jax import weights as weights_lib
 from videogpt_jax.data import pipeline
 from videogpt_jax.errors import InputError
+from videogpt_jax.errors import StorageError
 from videogpt_jax.telemetry import goodput
 from videogpt_jax.telemetry import writer as writer_lib
 
@@ -567,7 +568,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(tiny, tmp_path,
   assert size > 1.5 * (tmp_path / telemetry.METRICS_FILE).stat().st_size
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
-    with pytest.raises(InputError, match=r"step 24 could not.*step 21 is whole.*free some space"):
+    with pytest.raises(StorageError, match=r"step 24 could not.*step 21 is whole.*free some space"):
       train.train(tiny, str(tmp_path))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -18,7 +18,9 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from videogpt_jax import cli
+from videogpt_jax import errors
 from videogpt_jax.errors import InputError
+from videogpt_jax.errors import StorageError
 
 _CONNECT_S = 300  # until all processes must have come
 _MESSAGE_BYTES = 4096
@@ -90,7 +92,7 @@ def from_first(function: Callable[[], Any]) -> Any:
     function: returns something JSON-able and short.
 
   Raises:
-    InputError: the function raised one, or an `OSError`; everywhere.
+    InputError, StorageError: the function raised one, or an `OSError`; everywhere.
   """
   if jax.process_count() == 1:
     return function()
@@ -99,12 +101,14 @@ def from_first(function: Callable[[], Any]) -> Any:
     try:
       said = {"value": function()}
     except (InputError, OSError) as error:  # whatever it is, the others wait for an answer
-      said = {"error": str(error)[:_MESSAGE_BYTES // 4]}
+      if isinstance(error, OSError):
+        error = errors.refused(str(error), error)
+      said = {"error": str(error)[:_MESSAGE_BYTES // 4], "later": isinstance(error, StorageError)}
   text = json.dumps(said).encode().ljust(_MESSAGE_BYTES)
   heard = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
   said = json.loads(np.asarray(heard).tobytes())
   if "error" in said:
-    raise InputError(said["error"])
+    raise (StorageError if said["later"] else InputError)(said["error"])
   return said["value"]
 
 

@@ -1,18 +1,19 @@
 """Files that appear whole or not at all."""
 
+import contextlib
 import json
 import os
 import pathlib
 from typing import Any
 
-from videogpt_jax.errors import InputError
+from videogpt_jax import errors
 
 
 def replace(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes a file under a temporary name beside it, then puts it in its place.
 
   Raises:
-    InputError: it cannot be written; what was there is whole.
+    InputError: it cannot be written (`StorageError`: for now); what was there is whole.
   """
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.tmp")
@@ -20,9 +21,10 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
     temporary.write_bytes(data)
     os.replace(temporary, path)
   except OSError as error:
-    raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    raise errors.refused(f"cannot write {path}: {error.strerror or error}", error) from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # gone, or as unreachable as the file
+      temporary.unlink()
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -35,4 +37,4 @@ def make_folder(path: str | os.PathLike[str]) -> None:
   try:
     os.makedirs(path, exist_ok=True)
   except OSError as error:
-    raise InputError(f"cannot write to {path}: {error.strerror or error}") from error
+    raise errors.refused(f"cannot write to {path}: {error.strerror or error}", error) from error

@@ -68,7 +68,8 @@ class Writer:
   written again, and does not end the run: whether the state can be saved decides that.
 
   Raises:
-    InputError: the workdir cannot be written (no permission, disk full, not a folder).
+    InputError: the workdir cannot be written (no permission, not a folder).
+    StorageError: it cannot for now (disk full, unreachable).
   """
 
   mirror: mirror_lib.WeightsAndBiases | None = None  # is shown the same
