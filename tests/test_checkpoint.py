@@ -180,6 +180,22 @@ def test_after_damage_the_run_goes_on_and_saves_that_step_again(tmp_path, warnin
   _assert_restores(tmp_path, 20)
 
 
+def test_damage_is_found_before_the_state_is_given_up_for_what_is_saved(tmp_path, warnings):
+  checkpoints = _open(tmp_path)
+  for step in (10, 20):
+    checkpoints.save(step, _state(step), {**EXTRA, "at": step}, wait=True)
+  assert checkpoints.verify() == 20
+  _flip(checkpoints.directory / "20" / "state" / "manifest.ocdbt")
+  assert checkpoints.verify() == checkpoints.latest_step() == 10
+  assert "step 20 is damaged" in warnings[0]
+  step, state = checkpoints.restore(jax.eval_shape(lambda: _state(0)))
+  assert step == 10
+  np.testing.assert_array_equal(state.params["proj"]["kernel"], _state(10).params["proj"]["kernel"])
+  checkpoints.save(20, _state(20), {**EXTRA, "at": 20}, wait=True)
+  checkpoints.close()
+  _assert_restores(tmp_path, 20)
+
+
 def test_a_damaged_older_checkpoint_does_not_matter(tmp_path):
   directory = _save(tmp_path, 10, 20)
   shutil.rmtree(directory / "10" / "state")

@@ -174,6 +174,7 @@ def test_tpu_start(stand_ins, tmp_path):
                  env=stand_ins.environment(HOME=str(tmp_path / "home")))
   *_, mounted, started = [[name, *called] for name, called, _ in stand_ins.calls()]
   assert mounted[0] == "gcsfuse" and mounted[-2:] == ["my-bucket", "/data"]
+  assert "--rename-dir-limit=200000" in mounted  # checkpoints are completed by a rename
   folder = f"{tmp_path}/home/videogpt_jax"
   assert started[:2] == ["sudo", "systemd-run"]
   assert {"--unit=videogpt", "--property=KillMode=mixed", f"--working-directory={folder}",
@@ -433,6 +434,8 @@ def test_jobset_of_tpu_slices(stand_ins):
   assert container["resources"] == {"limits": {"google.com/tpu": 4}}
   data, shared = pod["volumes"]
   assert data["csi"]["volumeAttributes"]["bucketName"] == "b"
+  options = data["csi"]["volumeAttributes"]["mountOptions"].split(",")
+  assert "file-system:rename-dir-limit:200000" in options
   assert shared["emptyDir"] == {"medium": "Memory"}
   assert {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]} == {
     "/data": data["name"], "/dev/shm": shared["name"]}

@@ -196,6 +196,25 @@ class Checkpoints:
     finally:
       self._manager.close()
 
+  def verify(self) -> int | None:
+    """Reads the newest checkpoint through, before something is given up for what it holds.
+
+    A damaged one is set aside as when the folder was opened.
+
+    Returns:
+      The step of the newest whole one, now what `latest_step` says; None if there is none.
+
+    Raises:
+      InputError: there are some, and none is whole.
+      StorageError: they cannot be read for now; or a save under way fails, see `save`.
+    """
+    self.wait()
+    latest = distributed.from_first(lambda: _set_aside_damaged(self.directory))
+    if latest != self._latest:
+      self._latest = latest
+      self._manager.reload()  # orbax would take what was set aside for saved
+    return self._latest
+
   def latest_extra(self) -> dict[str, Any] | None:
     """The `extra` of the newest whole checkpoint (tuples come back as lists), or None."""
     if self._latest is None:

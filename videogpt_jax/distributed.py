@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
@@ -133,16 +133,29 @@ def as_first(x: np.ndarray) -> np.ndarray:
   return np.asarray(multihost_utils.broadcast_one_to_all(x))
 
 
+class Stop(NamedTuple):
+  """When to stop.
+
+  Attributes:
+    after: to be called once before every step, with the number of finished steps; whether all
+      processes stop now.
+    pending: whether this process, being the only one, has been told to and need not finish what
+      it waits for. Always false of several, which have to agree on a step first.
+  """
+
+  after: Callable[[int], bool]
+  pending: Callable[[], bool]
+
+
 @contextlib.contextmanager
-def stopping() -> Iterator[Callable[[int], bool]]:
+def stopping() -> Iterator[Stop]:
   """Turns SIGTERM and Ctrl-C, in any process, into an end after the same step in all of them.
 
-  Yields a function that is to be called once before every step, with the number of finished
-  steps, and says whether to stop now.
+  Yields what says when.
   """
   if jax.process_count() == 1:
     with cli.stop_signal() as event:
-      yield lambda step: event.is_set()
+      yield Stop(lambda step: event.is_set(), event.is_set)
     return
 
   def interrupted(number: int, frame: Any) -> None:
@@ -152,6 +165,6 @@ def stopping() -> Iterator[Callable[[int], bool]]:
   # Of SIGTERM jax's coordination service takes care: all agree on a step that none has begun.
   previous = signal.signal(signal.SIGINT, interrupted)
   try:
-    yield multihost_utils.reached_preemption_sync_point
+    yield Stop(multihost_utils.reached_preemption_sync_point, lambda: False)
   finally:
     signal.signal(signal.SIGINT, previous)

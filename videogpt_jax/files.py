@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from videogpt_jax import errors
+from videogpt_jax.errors import InputError
 
 
 def replace(path: str | os.PathLike[str], data: bytes) -> None:
@@ -25,6 +27,22 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
   finally:
     with contextlib.suppress(OSError):  # gone, or as unreachable as the file
       temporary.unlink()
+
+
+def check_local(path: str, name: str) -> None:
+  """Raises `InputError` if a path is an address such as gs://bucket/run.
+
+  It would be taken for a folder below the current one, which other machines do not see.
+
+  Args:
+    path: of a folder to write to.
+    name: of the flag that gives it.
+  """
+  if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path):
+    raise InputError(
+      f"{name}={path} is no folder of this machine: mount the bucket (Cloud Storage FUSE: gcsfuse "
+      f"--implicit-dirs --rename-dir-limit=200000 BUCKET /data; --bucket of the scripts in launch/ "
+      f"does it) and name the folder there, such as {name}=/data/run")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

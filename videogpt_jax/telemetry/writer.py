@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import pathlib
 import time
 from typing import Any
@@ -103,6 +104,12 @@ class Writer:
       self._times.write(json.dumps(record) + "\n")
       self._times.flush()
 
+  def sync(self) -> None:
+    """Hands the lines over to storage: a mounted bucket has of a file what was synced or closed."""
+    for kind, file in (("metrics", self._lines), ("times", self._times)):
+      with self._refusals(kind):
+        os.fsync(file.fileno())
+
   def timings(self) -> list[dict[str, Any]]:
     """All records of the run's time, from its first start on."""
     return records_lib.read_metrics(self._workdir / TIME_FILE)
@@ -174,6 +181,9 @@ class Silent:
     """Does nothing."""
 
   def timing(self, record: Mapping[str, Any]) -> None:
+    """Does nothing."""
+
+  def sync(self) -> None:
     """Does nothing."""
 
   def timings(self) -> list[dict[str, Any]]:
