@@ -44,6 +44,10 @@ quoted() {  # a command as a shell reads it back
   printf '%s' "$out"
 }
 
+# A checkpoint is written under another name and then renamed. In a bucket without folders of its
+# own (flat namespace) gcsfuse renames file by file, and only folders of fewer files than this.
+readonly RENAME_LIMIT=200000
+
 dry_run=0
 run() {  # a command; with --dry_run shows it instead
   if (( dry_run )); then
@@ -159,6 +163,7 @@ data_volume() {  # claim, bucket
     annotations='{"gke-gcsfuse/volumes": "true"}'
     # Without caches every pod sees at once what the others have written.
     local options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
+    options+=,file-system:rename-dir-limit:$RENAME_LIMIT
     volume="\"csi\": {\"driver\": \"gcsfuse.csi.storage.gke.io\", \"volumeAttributes\": "
     volume+="{\"bucketName\": $(json "$2"), \"mountOptions\": \"$options\"}}"
   fi

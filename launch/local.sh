@@ -22,8 +22,9 @@
 #
 # Ctrl-C, a closed terminal, `stop` and the signal TERM let the run save, then end it. The same
 # command goes on. `install` makes the environment $VENV, or .venv; the others use the Python of
-# $VENV if it is set, else that of the active environment. Status 0: done; 2: wrong input;
-# 129, 130, 143: stopped; another one: of the crash after which it gave up. Linux only.
+# $VENV if it is set, else that of the active environment. A run that storage refuses (74) is
+# started again without end, but with --max_restarts=0. Status 0: done; 2: wrong input; 129, 130,
+# 143: stopped; another one: of the crash after which it gave up. Linux only.
 
 set -euo pipefail
 

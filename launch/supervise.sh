@@ -14,7 +14,7 @@ restart_delay=10  # seconds before the first restart; doubles with every further
 quick=600  # a run that lasted so many seconds starts a new count of crashes
 readonly MAX_DELAY=300
 readonly PATIENCE=30  # seconds that the others have to end after one process has failed
-readonly USER_ERROR=2  # as in videogpt_jax/cli.py
+readonly USER_ERROR=2 STORAGE_ERROR=74  # as in videogpt_jax/cli.py
 
 pids=()
 stopping=0
@@ -30,6 +30,19 @@ on_stop() {  # status that the script ends with
 nap() {  # seconds; bash acts on a signal in `wait`, not in `sleep`
   sleep "$1" 9>&- &
   wait "$!" || true
+}
+
+backoff() {  # number of the restart; seconds to wait before it
+  local delay=$(( restart_delay * 2 ** ($1 > 10 ? 9 : $1 - 1) ))
+  echo "$(( delay <= MAX_DELAY ? delay : MAX_DELAY ))"
+}
+
+pause() {  # seconds, cut short when the run is to stop
+  local left=$1
+  for (( ; left > 0 && ! stopping; --left )); do
+    nap 1
+  done
+  (( ! stopping )) || say "stopped"
 }
 
 # Waits for all processes. Returns the status of the first one that failed, or 0.
@@ -59,8 +72,10 @@ wait_all() {
 }
 
 # Returns 0: done; 2: the user's error; `stop_status`: stopped; else the status of the crash.
+# Storage that fails delays a run and never ends it, unless max_restarts is 0: then somebody else
+# starts it again.
 supervise() {
-  local crashes=0 begun status delay
+  local crashes=0 outages=0 begun status delay
   while :; do
     begun=$SECONDS
     start_all
@@ -83,23 +98,27 @@ supervise() {
       say "the run refused its input (status 2, the reason is above); no use to start it again"
       return "$status"
     fi
-    (( SECONDS - begun < quick )) || crashes=0
+    (( SECONDS - begun < quick )) || crashes=0 outages=0
+    if (( status == STORAGE_ERROR && max_restarts )); then
+      (( ++outages ))
+      delay=$(backoff "$outages")
+      say "storage refused the run (status ${status}, the reason is above) after" \
+        "$(( SECONDS - begun )) s; starts it again in ${delay} s"
+      pause "$delay"
+      (( ! stopping )) || return "$stop_status"
+      continue
+    fi
     (( ++crashes ))
     if (( crashes > max_restarts )); then
       say "crashed with status ${status} after $(( SECONDS - begun )) s, crash ${crashes} in a" \
         "row; gives up"
       return "$status"
     fi
-    delay=$(( restart_delay * 2 ** (crashes > 10 ? 9 : crashes - 1) ))
-    (( delay <= MAX_DELAY )) || delay=$MAX_DELAY
+    outages=0
+    delay=$(backoff "$crashes")
     say "crashed with status ${status} after $(( SECONDS - begun )) s; restart ${crashes} of at" \
       "most ${max_restarts} in ${delay} s"
-    for (( ; delay > 0 && ! stopping; --delay )); do
-      nap 1
-    done
-    if (( stopping )); then
-      say "stopped"
-      return "$stop_status"
-    fi
+    pause "$delay"
+    (( ! stopping )) || return "$stop_status"
   done
 }

@@ -127,7 +127,8 @@ mount_command() {
       "sudo tee /etc/apt/sources.list.d/gcsfuse.list &&" \
       "sudo apt-get update && sudo apt-get install -y gcsfuse; } &&" \
       "$make && gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0" \
-      "--metadata-cache-negative-ttl-secs=0 $(quoted "$bucket") /data; } || exit 1"
+      "--metadata-cache-negative-ttl-secs=0 --rename-dir-limit=$RENAME_LIMIT" \
+      "$(quoted "$bucket") /data; } || exit 1"
   elif [[ -n $nfs ]]; then
     echo "mountpoint -q /data || { sudo apt-get install -y nfs-common && $make &&" \
       "sudo mount -t nfs $(quoted "$nfs") /data; } || exit 1"

@@ -26,6 +26,7 @@ import pytest
 from videogpt_jax import checkpoint
 from videogpt_jax import retention
 from videogpt_jax.errors import InputError
+from videogpt_jax.errors import StorageError
 
 EXTRA = {"config": {"model": {"hidden_size": 8}, "codec": {"id": "pixels"}}, "fingerprint": "f1"}
 
@@ -179,6 +180,22 @@ def test_after_damage_the_run_goes_on_and_saves_that_step_again(tmp_path, warnin
   _assert_restores(tmp_path, 20)
 
 
+def test_damage_is_found_before_the_state_is_given_up_for_what_is_saved(tmp_path, warnings):
+  checkpoints = _open(tmp_path)
+  for step in (10, 20):
+    checkpoints.save(step, _state(step), {**EXTRA, "at": step}, wait=True)
+  assert checkpoints.verify() == 20
+  _flip(checkpoints.directory / "20" / "state" / "manifest.ocdbt")
+  assert checkpoints.verify() == checkpoints.latest_step() == 10
+  assert "step 20 is damaged" in warnings[0]
+  step, state = checkpoints.restore(jax.eval_shape(lambda: _state(0)))
+  assert step == 10
+  np.testing.assert_array_equal(state.params["proj"]["kernel"], _state(10).params["proj"]["kernel"])
+  checkpoints.save(20, _state(20), {**EXTRA, "at": 20}, wait=True)
+  checkpoints.close()
+  _assert_restores(tmp_path, 20)
+
+
 def test_a_damaged_older_checkpoint_does_not_matter(tmp_path):
   directory = _save(tmp_path, 10, 20)
   shutil.rmtree(directory / "10" / "state")
@@ -273,7 +290,8 @@ def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(tmp_path, no
   big = {"x": jax.random.normal(jax.random.key(0), (500_000,))}
   with _largest_file(1 << 20):
     checkpoints.save(20, big, EXTRA)
-    with pytest.raises(InputError, match=r"step 20 .*step 10 is whole.*File too large.*free some"):
+    with pytest.raises(
+        StorageError, match=r"step 20 .*step 10 is whole.*File too large.*free some"):
       if noticed_by == "check":
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -306,8 +324,82 @@ def test_a_defect_is_not_taken_for_a_full_disk(tmp_path):
 
 def test_workdir_that_cannot_be_made(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(InputError, match=r"cannot write checkpoints to .*file"):
+  with pytest.raises(InputError, match=r"cannot write checkpoints to .*file") as caught:
     _open(tmp_path / "file" / "run")
+  assert not isinstance(caught.value, StorageError)  # the user's to mend
+
+
+def test_storage_that_is_away_when_a_run_starts(tmp_path, monkeypatch):
+  def refuse(*_, **__):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+  monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+  with pytest.raises(StorageError, match=r"cannot write checkpoints to .*Stale file handle"):
+    _open(tmp_path)
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+  """Makes the system refuse, so many times, to read or look at paths that end so."""
+  monkeypatch.setattr(checkpoint, "_READ_AGAIN", (0.01, 0.01))
+  left = {}
+
+  def at(ending, times):
+    left[ending] = times
+
+  def refusing(function):
+    def read(path, *arguments, **named):
+      for ending, times in left.items():
+        if str(path).endswith(ending) and times > 0:
+          left[ending] -= 1
+          raise OSError(errno.EIO, "Input/output error", str(path))
+      return function(path, *arguments, **named)
+    return read
+
+  for name in ("read_text", "open", "stat"):
+    monkeypatch.setattr(pathlib.Path, name, refusing(getattr(pathlib.Path, name)))
+  monkeypatch.setattr(checkpoint, "read_extra", refusing(checkpoint.read_extra))
+  return at
+
+
+_READ = ["10/checksums.json", "20/checksums.json", "20/_CHECKPOINT_METADATA", "10/extra/metadata",
+         "20/state/manifest.ocdbt", "20/extra/metadata", "checkpoints/10", "checkpoints/20"]
+
+
+@pytest.mark.parametrize("file", _READ)
+def test_what_cannot_be_read_for_a_moment_is_read_again(tmp_path, unreadable, file):
+  directory = _save(tmp_path, 10, 20)
+  unreadable(file, 2)
+  _assert_restores(tmp_path, 20)
+  assert sorted(path.name for path in directory.iterdir()) == ["10", "20"]
+
+
+@pytest.mark.parametrize("file", _READ)
+def test_an_outage_is_no_damage(tmp_path, unreadable, file):
+  """Nothing is renamed or deleted, and the run ends as one whose storage fails."""
+  directory = _save(tmp_path, 10, 20)
+  unreadable(file, 1000)
+  with pytest.raises(StorageError, match=r"cannot read .*Input/output error"):
+    _open(tmp_path)
+  assert sorted(path.name for path in directory.iterdir()) == ["10", "20"]
+  unreadable(file, 0)
+  _assert_restores(tmp_path, 20)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
+  directory = _save(tmp_path, 10, 20)
+  read = pathlib.Path.read_text
+
+  def refuse(path, *arguments, **named):
+    if path == directory / "20" / "checksums.json":
+      raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    return read(path, *arguments, **named)
+
+  monkeypatch.setattr(checkpoint, "_READ_AGAIN", ())
+  monkeypatch.setattr(pathlib.Path, "read_text", refuse)
+  with pytest.raises(InputError, match=r"cannot read .*checksums\.json: Permission denied"):
+    _open(tmp_path)
+  assert sorted(path.name for path in directory.iterdir()) == ["10", "20"]
 
 
 @pytest.mark.parametrize("numbers", [{"save_every": 0}, {"save_every": 1, "failures": -1}])
@@ -399,7 +491,7 @@ def test_failed_saves_take_no_room(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("gone", ["extra/metadata", "checksums.json", "_CHECKPOINT_METADATA",
                                   "state/_METADATA"])
-def test_an_old_checkpoint_that_a_kill_left_half_deleted_goes(tmp_path, gone):
+def test_an_old_checkpoint_that_a_kill_left_half_deleted_goes(tmp_path, gone, warnings):
   checkpoints = _open(tmp_path)
   for step in (10, 20, 30):
     checkpoints.save(step, _state(step), {**EXTRA, "at": step}, wait=True)
@@ -407,6 +499,7 @@ def test_an_old_checkpoint_that_a_kill_left_half_deleted_goes(tmp_path, gone):
   (checkpoints.directory / "20" / gone).unlink()
   _assert_restores(tmp_path, 30)
   assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["30"]
+  assert "deletes what is left of the checkpoint of step 20" in warnings[0]
 
 
 def test_a_state_from_before_norms_were_followed(tmp_path):
@@ -429,7 +522,7 @@ def test_the_last_save_is_tried_again(tmp_path, monkeypatch, failures, saved):
       checkpoints.save(7, _state(7), {**EXTRA, "at": 7}, wait=True)
       _assert_restores(tmp_path, 7)
     else:
-      with pytest.raises(InputError, match=r"step 7 could not be written .*Input/output error"):
+      with pytest.raises(StorageError, match=r"step 7 could not be written .*Input/output error"):
         checkpoints.save(7, _state(7), EXTRA, wait=True)
 
 

@@ -1,5 +1,6 @@
-"""The edge of commands: starting anew with huge pages."""
+"""The edge of commands: statuses, starting anew with huge pages."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,6 +9,9 @@ import textwrap
 import pytest
 
 from videogpt_jax import cli
+from videogpt_jax import errors
+from videogpt_jax import files
+from videogpt_jax import telemetry
 
 _PROGRAM = textwrap.dedent("""
   import os, pathlib
@@ -62,3 +66,38 @@ def test_nothing_happens_where_it_does_not_help(monkeypatch, grants, accelerator
   monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started anew"))
   cli.use_huge_pages()
   assert "GLIBC_TUNABLES" not in os.environ
+
+
+@pytest.mark.parametrize(("number", "status"), [
+  (errno.EIO, 74), (errno.ENOSPC, 74), (errno.ESTALE, 74), (errno.EDQUOT, 74),
+  (errno.ETIMEDOUT, 74), (None, 74), (errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.ENOENT, 2)])
+def test_storage_that_fails_has_a_status_of_its_own(capsys, number, status):
+  error = OSError("it broke") if number is None else OSError(number, os.strerror(number))
+
+  def main():
+    raise errors.refused(f"cannot write x: {error}", error)
+
+  with pytest.raises(SystemExit) as end:
+    cli.run(main, ["command"])
+  assert end.value.code == status
+  said = capsys.readouterr().err
+  assert said.startswith("error: cannot write x: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "kind"), [
+  (errno.ENOSPC, errors.StorageError), (errno.EACCES, errors.InputError)])
+def test_what_cannot_be_put_in_its_place(tmp_path, monkeypatch, number, kind):
+  """A log that is opened again, too."""
+  path = tmp_path / telemetry.METRICS_FILE
+  path.write_text('{"step": 1}\n')
+
+  def refuse(*_):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(os, "replace", refuse)
+  for write in (lambda: files.replace(path, b"new"), lambda: telemetry.Writer(tmp_path, 2)):
+    with pytest.raises(errors.InputError, match=f"cannot write .*{os.strerror(number)}") as caught:
+      write()
+    assert type(caught.value) is kind
+  assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+  assert path.read_text() == '{"step": 1}\n'

@@ -10,6 +10,7 @@ import pytest
 import processes
 import tiny_run
 from videogpt_jax import checkpoint
+from videogpt_jax import cli
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +134,13 @@ runpy.run_module("videogpt_jax.main", run_name="__main__", alter_sys=True)
 
 
 def test_storage_that_refuses_ends_all_and_the_same_command_goes_on(finished, tmp_path):
-  """One process cannot write its checkpoint: a crash, which launchers answer by a new start."""
+  """One process cannot write its checkpoint: launchers answer its status by a new start."""
   names = finished.workdir / checkpoint.FOLDER / "21" / "state" / "_METADATA"
   options = [f"--config={finished.config_file}", f"--workdir={tmp_path}"]
   running = processes.start(["-c", _LIMITED, names.stat().st_size - 1, *options], 2, 4)
   errors = _errors_of_the_first(running)  # the other would wait for it for hours
-  assert running[0].returncode == 1, errors
-  assert "OSError: the checkpoint of step 3 could not be written" in errors
+  assert running[0].returncode == cli.STORAGE_STATUS, errors
+  assert "error: the checkpoint of step 3 could not be written" in errors
   processes.train(finished.config_file, tmp_path, 2, 4, "--config.train.steps=6",
                   "--config.log.videos=0")
   assert int(tiny_run.saved_state(tmp_path)["step"]) == 6

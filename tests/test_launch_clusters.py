@@ -174,6 +174,7 @@ def test_tpu_start(stand_ins, tmp_path):
                  env=stand_ins.environment(HOME=str(tmp_path / "home")))
   *_, mounted, started = [[name, *called] for name, called, _ in stand_ins.calls()]
   assert mounted[0] == "gcsfuse" and mounted[-2:] == ["my-bucket", "/data"]
+  assert "--rename-dir-limit=200000" in mounted  # checkpoints are completed by a rename
   folder = f"{tmp_path}/home/videogpt_jax"
   assert started[:2] == ["sudo", "systemd-run"]
   assert {"--unit=videogpt", "--property=KillMode=mixed", f"--working-directory={folder}",
@@ -358,15 +359,24 @@ while not pathlib.Path({str(asked)!r}).exists():
   assert calls == told + ([["scontrol", "requeue", "77"]] if requeued else [])
 
 
-def test_slurm_job_starts_a_crashed_run_again(stand_ins):
-  stand_ins.add("srun", "sys.exit(int(os.environ['STATUS']))")
+def test_slurm_job_starts_a_crashed_run_again(stand_ins, tmp_path):
+  """And one that storage refuses as often as it takes."""
   stand_ins.no_pauses()
   for name in ("scontrol", "scancel", "python"):
     stand_ins.add(name)
-  for status, starts in ((2, 1), (1, 6)):
+  stand_ins.add("srun", """
+import pathlib
+count = pathlib.Path(os.environ["COUNT"])
+with count.open("a") as file:
+  file.write("x")
+outage = os.environ["STATUS"] == "74" and len(count.read_text()) > 8  # storage is back
+sys.exit(0 if outage else int(os.environ["STATUS"]))
+""")
+  for status, starts in ((2, 1), (1, 6), (74, 9)):
     before = len([1 for name, *_ in stand_ins.calls() if name == "srun"])
-    result = stand_ins.run(_SLURM, "job", *_TRAIN, **_JOB, STATUS=str(status))
-    assert result.returncode == status
+    result = stand_ins.run(_SLURM, "job", *_TRAIN, **_JOB, STATUS=str(status),
+                           COUNT=str(tmp_path / f"count-{status}"))
+    assert result.returncode == (0 if status == 74 else status)
     assert len([1 for name, *_ in stand_ins.calls() if name == "srun"]) - before == starts
   assert not any(name == "scontrol" for name, *_ in stand_ins.calls())
 
@@ -424,6 +434,8 @@ def test_jobset_of_tpu_slices(stand_ins):
   assert container["resources"] == {"limits": {"google.com/tpu": 4}}
   data, shared = pod["volumes"]
   assert data["csi"]["volumeAttributes"]["bucketName"] == "b"
+  options = data["csi"]["volumeAttributes"]["mountOptions"].split(",")
+  assert "file-system:rename-dir-limit:200000" in options
   assert shared["emptyDir"] == {"medium": "Memory"}
   assert {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]} == {
     "/data": data["name"], "/dev/shm": shared["name"]}
@@ -438,6 +450,8 @@ def test_jobset_restarts_what_is_worth_it(stand_ins):
   assert disrupted == {"action": "FailJob", "onPodConditions": [
     {"type": "DisruptionTarget", "status": "True"}]}
   policy = jobset["spec"]["failurePolicy"]
+  assert told == {"action": "FailJob", "onExitCodes": {
+    "containerName": container["name"], "operator": "In", "values": [74, 143]}}
   assert policy["maxRestarts"] == 7 and policy["restartStrategy"] == "BlockingRecreate"
   assert [(rule["action"], rule["onJobFailureReasons"], rule["onJobFailureMessagePatterns"])
           for rule in policy["rules"]] == [

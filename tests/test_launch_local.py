@@ -135,6 +135,31 @@ def test_does_not_repeat_what_the_user_got_wrong(stand_ins, workdir):
   assert _result(workdir) == "failed 2"
 
 
+def test_an_outage_of_storage_delays_a_run_and_never_ends_it(stand_ins, workdir):
+  """It lasts longer than two restarts, and a crash within it is but one crash."""
+  stand_ins.add("python", _TRAINER + "sys.exit({1: 74, 2: 74, 3: 1, 4: 74, 5: 74}.get(starts, 0))")
+  result = stand_ins.run(_LOCAL, *_QUICKLY, "--max_restarts=1", *_flags(workdir))
+  assert result.returncode == 0, result.stdout
+  assert len(stand_ins.calls()) == 6
+  assert result.stdout.count("storage refused the run (status 74") == 4
+  assert "crashed with status 1 " in result.stdout and _result(workdir) == "done"
+
+
+def test_storage_is_tried_less_and_less_often(stand_ins, workdir):
+  stand_ins.add("python", _TRAINER + "sys.exit(74 if starts < 8 else 2)")
+  stand_ins.no_pauses()
+  result = stand_ins.run(_LOCAL, "--restart_delay=20", "--max_restarts=2", *_flags(workdir))
+  assert result.returncode == 2
+  assert re.findall(r" in (\d+) s", result.stdout) == ["20", "40", "80", "160", *["300"] * 3]
+
+
+def test_storage_errors_are_handed_on_where_somebody_else_starts_the_run(stand_ins, workdir):
+  """In a pod, whose fellows must start anew with it."""
+  stand_ins.add("python", _TRAINER + "sys.exit(74)")
+  assert stand_ins.run(_LOCAL, "--max_restarts=0", *_flags(workdir)).returncode == 74
+  assert len(stand_ins.calls()) == 1
+
+
 @pytest.mark.parametrize("number, status", [
   (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("processes", [1, 2])

@@ -92,6 +92,8 @@ def test_ctrl_c_saves_and_ends_without_a_trace_of_the_workers(finished, tmp_path
 @pytest.mark.parametrize(("arguments", "message"), [
   (["--workdir={tmp}/run"], "--config is missing, for example --config=configs/tiny.py"),
   (["--config={file}"], "--workdir is missing, for example --workdir=runs/tiny"),
+  (["--config={file}", "--workdir=gs://bucket/run"],
+   "--workdir=gs://bucket/run is no folder of this machine: mount the bucket"),
   (["--config={file}", "train"], "unexpected argument 'train'; options start with `--`"),
   (["--config={tmp}/none.py", "--config.seed=1"], "No such file or directory: '{tmp}/none.py'"),
 ])

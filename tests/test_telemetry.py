@@ -1,9 +1,11 @@
 """Metrics, pictures, speed and memory of a run against independent readings of each."""
 
 import contextlib
+import errno
 import inspect
 import io
 import json
+import os
 import pathlib
 import queue
 import re
@@ -173,6 +175,23 @@ def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path, caplog):
   writer.close()
   records = telemetry.read_metrics(tmp_path / telemetry.METRICS_FILE)
   assert records[0] == {"step": 0, "loss": 1.0} and records[-1] == {"step": 1000, "loss": 2.0}
+
+
+def test_what_is_synced_is_handed_over(tmp_path, monkeypatch, caplog):
+  """And a file system that refuses that does not end the run."""
+  writer, synced = telemetry.Writer(tmp_path), []
+  monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.readlink(
+    f"/proc/self/fd/{number}")))
+  writer.sync()
+  assert synced == [str(tmp_path / telemetry.METRICS_FILE), str(tmp_path / "time.jsonl")]
+
+  def refuse(number):
+    raise OSError(errno.EIO, "Input/output error")
+
+  monkeypatch.setattr(os, "fsync", refuse)
+  writer.sync()
+  assert "cannot write metrics to" in caplog.text
+  writer.close()
 
 
 class Clock:

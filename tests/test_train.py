@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -23,6 +24,7 @@ import tiny_run
 from videogpt_jax import checkpoint
 from videogpt_jax import config as config_lib
 from videogpt_jax import evaluators
+from videogpt_jax import recovery
 from videogpt_jax import retention
 from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
@@ -31,6 +33,7 @@ from videogpt_jax import train
 from videogpt_jax import weights as weights_lib
 from videogpt_jax.data import pipeline
 from videogpt_jax.errors import InputError
+from videogpt_jax.errors import StorageError
 from videogpt_jax.telemetry import goodput
 from videogpt_jax.telemetry import writer as writer_lib
 
@@ -556,6 +559,89 @@ def test_a_row_of_skipped_updates_leads_back_to_the_last_good_checkpoint(
     np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
 
+def test_a_damaged_checkpoint_is_not_gone_back_to(tiny, tmp_path, poison, monkeypatch, capsys):
+  tiny.train.max_bad_steps, tiny.log.videos, tiny.checkpoint.keep = 2, 0, 9
+  poison(7, 8, 9)
+  go_back = recovery.Recovery.__call__
+
+  def damage_and_go_back(self, state, log):
+    path = tmp_path / checkpoint.FOLDER / "6" / "state" / "manifest.ocdbt"
+    path.write_bytes(path.read_bytes()[:-1])
+    return go_back(self, state, log)
+
+  monkeypatch.setattr(recovery.Recovery, "__call__", damage_and_go_back)
+  assert train.train(tiny, str(tmp_path)) == 12
+  assert "with the parameters of step 3" in capsys.readouterr().out
+  assert (tmp_path / checkpoint.FOLDER / "damaged-6").is_dir()
+
+
+def test_steps_go_on_while_storage_is_slow(tiny, tmp_path, monkeypatch):
+  """No checkpoint is written before the next one is due; all are whole."""
+  tiny.train.steps, tiny.log.videos, tiny.checkpoint.keep = 9, 0, 9
+  compile_step, write, reached = step_lib.compile_step, checkpoint.Checkpoints._write_checksums, []
+
+  def compile_and_count(*arguments):
+    run = compile_step(*arguments)
+
+    def run_and_count(state, stored):
+      state, metrics = run(state, stored)
+      reached.append(int(state.step))
+      return state, metrics
+
+    return run_and_count
+
+  def write_slowly(self):
+    due, deadline = min(self._saving + tiny.checkpoint.every, 9), time.monotonic() + 60
+    while reached[-1] < due:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    time.sleep(0.3)  # the next save, or the end of the run, comes meanwhile
+    assert reached[-1] == due
+    write(self)
+
+  monkeypatch.setattr(step_lib, "compile_step", compile_and_count)
+  monkeypatch.setattr(checkpoint.Checkpoints, "_write_checksums", write_slowly)
+  assert train.train(tiny, str(tmp_path)) == 9
+  folder = tmp_path / checkpoint.FOLDER
+  for step in (3, 6, 9):
+    assert checkpoint.find(folder / str(step)) == folder / str(step)  # reads every byte
+    assert int(checkpoint.load_params(folder / str(step), "step")[0]) == step
+
+
+def test_a_signal_saves_although_storage_hangs_where_the_data_is(tiny, tmp_path, monkeypatch):
+  tiny.log.videos, tiny.checkpoint.every = 0, 100
+  read, hangs, storage, saved = pipeline.batches, threading.Event(), threading.Event(), []
+  (tmp_path / checkpoint.FOLDER).mkdir()
+
+  def hanging(*arguments, **named):
+    batches = read(*arguments, **named)
+    if len(hangs_at) == 1:
+      yield from (next(batches) for _ in range(hangs_at.pop()))
+      hangs.set()
+      storage.wait(60)
+    yield from batches
+
+  def interrupt_and_look():
+    assert hangs.wait(60)
+    time.sleep(1)  # for the steps on the batches that are there
+    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + 40
+    folder = tmp_path / checkpoint.FOLDER
+    while not (found := [path.name for path in folder.iterdir() if path.name.isdigit()]) and (
+        time.monotonic() < deadline):
+      time.sleep(0.05)
+    saved.extend(found)
+    storage.set()
+
+  hangs_at = [5]
+  monkeypatch.setattr(pipeline, "batches", hanging)
+  thread = threading.Thread(target=interrupt_and_look)
+  thread.start()
+  done = train.train(tiny, str(tmp_path))
+  thread.join()
+  assert saved == [str(done)] and 0 < done <= 5
+
+
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(tiny, tmp_path, finished):
   tiny.train.steps, tiny.log.videos, tiny.checkpoint.failures = 24, 0, 0
   shutil.copytree(finished.workdir, tmp_path, dirs_exist_ok=True)
@@ -567,7 +653,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(tiny, tmp_path,
   assert size > 1.5 * (tmp_path / telemetry.METRICS_FILE).stat().st_size
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
-    with pytest.raises(InputError, match=r"step 24 could not.*step 21 is whole.*free some space"):
+    with pytest.raises(StorageError, match=r"step 24 could not.*step 21 is whole.*free some space"):
       train.train(tiny, str(tmp_path))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

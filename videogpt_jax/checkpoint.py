@@ -6,15 +6,18 @@ configuration and data fingerprint) and `checksums.json`, by which a checkpoint 
 after it was written is told from a whole one before anything is restored from it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
+import functools
 import json
 import logging as std_logging
+import os
 import pathlib
 import shutil
+import stat
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 import zlib
 
 from absl import logging
@@ -28,10 +31,13 @@ import orbax.checkpoint as ocp
 
 from videogpt_jax import backbone
 from videogpt_jax import distributed
+from videogpt_jax import errors
 from videogpt_jax import retention
 from videogpt_jax.errors import InputError
+from videogpt_jax.errors import StorageError
 
 PyTree = Any
+T = TypeVar("T")
 
 FOLDER = "checkpoints"
 STATE = "state"
@@ -44,6 +50,7 @@ _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _DAMAGED = "damaged-"
 _LATER = ("typical_norm",)  # entries of the state that older checkpoints lack; they start at zero
 _POLL_SECONDS = 0.01
+_READ_AGAIN = (0.5, 2.0, 8.0)  # seconds to wait before what could not be read is read again
 _SAVE_SECONDS = 6 * 3600  # that processes wait for each other while one of them writes and checks
 CHUNK_BYTES = 128 << 20  # of the stored arrays: a part of one can be read alone, and in parallel
 
@@ -65,13 +72,14 @@ class Checkpoints:
     save_every: steps between two.
     failures: saves in a row that may fail, with a warning, before the run ends. The state is
       not lost by one: the next save has all of it. Of several processes the first refusal ends
-      the one that meets it (`OSError`): the others cannot know of it, and a launcher starts all
-      again from the checkpoint before.
+      the one that meets it: the others cannot know of it, and a launcher starts all again from
+      the checkpoint before.
     retry_seconds: wait before a save that `wait`s is tried again, doubled every time.
 
   Raises:
     InputError: the folder cannot be made, or it holds checkpoints and none is whole
       (so that a run never starts from scratch over a run that was).
+    StorageError: the system refuses for now to make or read it.
   """
 
   def __init__(self, workdir: str | pathlib.Path, *, keep: retention.Retention, save_every: int,
@@ -89,7 +97,8 @@ class Checkpoints:
       self._losses = _held_out_losses(self.directory)
       self._manager = self._open_manager(keep)
     except OSError as error:
-      raise InputError(f"cannot write checkpoints to {self.directory}: {error}") from error
+      raise errors.refused(f"cannot write checkpoints to {self.directory}: {error}",
+                           error) from error
 
   def _open_manager(self, keep: retention.Retention) -> "_Manager":
     quiet_orbax()
@@ -133,8 +142,8 @@ class Checkpoints:
       wait: return only when the checkpoint is whole on disk.
 
     Raises:
-      InputError: this save, or the one before it, could not be written (disk full, no
-        permission), and so many before it that no more failures are allowed. Older checkpoints
+      StorageError: this save, or the one before it, could not be written (disk full, storage
+        unreachable), and so many before it that no more failures are allowed. Older checkpoints
         stay whole.
     """
     self.wait()
@@ -168,7 +177,7 @@ class Checkpoints:
       self.wait()
 
   def wait(self) -> None:
-    """Waits until a save under way is whole on disk. Raises `InputError` as `save` does."""
+    """Waits until a save under way is whole on disk. Raises `StorageError` as `save` does."""
     with self._write_errors():
       while self._manager.is_saving_in_progress():
         if error := self._manager.failed_alone():
@@ -179,7 +188,7 @@ class Checkpoints:
       self._latest, self._saving, self._failed = self._saving, None, 0
 
   def close(self) -> None:
-    """Waits for a save under way and frees threads. Raises `InputError` as `wait` does."""
+    """Waits for a save under way and frees threads. Raises `StorageError` as `wait` does."""
     if self._manager.failed_alone():  # and has been told; orbax would wait for the others
       return
     try:
@@ -187,9 +196,31 @@ class Checkpoints:
     finally:
       self._manager.close()
 
+  def verify(self) -> int | None:
+    """Reads the newest checkpoint through, before something is given up for what it holds.
+
+    A damaged one is set aside as when the folder was opened.
+
+    Returns:
+      The step of the newest whole one, now what `latest_step` says; None if there is none.
+
+    Raises:
+      InputError: there are some, and none is whole.
+      StorageError: they cannot be read for now; or a save under way fails, see `save`.
+    """
+    self.wait()
+    latest = distributed.from_first(lambda: _set_aside_damaged(self.directory))
+    if latest != self._latest:
+      self._latest = latest
+      self._manager.reload()  # orbax would take what was set aside for saved
+    return self._latest
+
   def latest_extra(self) -> dict[str, Any] | None:
     """The `extra` of the newest whole checkpoint (tuples come back as lists), or None."""
-    return None if self._latest is None else read_extra(self.directory / str(self._latest))
+    if self._latest is None:
+      return None
+    folder = self.directory / str(self._latest)
+    return _patiently(folder, functools.partial(read_extra, folder))
 
   def restore(self, target: PyTree) -> tuple[int, PyTree] | None:
     """The newest whole checkpoint as (step, state), or None if there is none.
@@ -204,6 +235,7 @@ class Checkpoints:
 
     Raises:
       InputError: names, shapes or types of the leaves differ from those saved.
+      StorageError: the system refuses to read it.
     """
     self.wait()
     if self._latest is None:
@@ -222,7 +254,12 @@ class Checkpoints:
         + "\n  ".join(_first(differences))
         + "\nuse the configuration it was saved with, or another workdir"
       )
-    restored = _restore(folder, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+    try:
+      restored = _restore(folder, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+    except (OSError, ValueError) as error:
+      if not (reason := system_failure(error)):
+        raise
+      raise StorageError(f"cannot read {folder}: {reason}") from error
     for name, leaf in later.items():
       restored[name] = jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
     if fresh_ema is not None:
@@ -239,27 +276,26 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _write_errors(self) -> Iterator[None]:
-    """Counts failures to write, the last one allowed is an `InputError`; others pass through."""
+    """Counts failures to write; one more than allowed is a `StorageError`. Others pass through."""
     try:
       yield
     except (OSError, ValueError) as error:
-      reason = write_failure(error)
+      reason = system_failure(error)
       if not reason:
         raise
       failed, self._saving = self._saving, None
       if jax.process_count() > 1:
-        raise OSError(f"the checkpoint of step {failed} could not be written to {self.directory}: "
-                      f"{reason}") from error
+        raise StorageError(f"the checkpoint of step {failed} could not be written to "
+                           f"{self.directory}: {reason}") from error
       self._failed += 1
       self._clear(failed)
       last = "there is no older one" if self._latest is None else f"step {self._latest} is whole"
       message = (f"the checkpoint of step {failed} could not be written to {self.directory} "
                  f"({last}): {reason}; free some space or mend the folder")
       if self._failed > self._failures:
-        raise InputError(f"{message}, then run the same command again") from error
+        raise StorageError(f"{message}, then run the same command again") from error
       logging.warning("%s; failure %d of %d that are allowed in a row", message, self._failed,
                       self._failures)
-
 
   def _clear(self, failed: int | None) -> None:
     """Makes room: what a failed save has written goes, and orbax looks anew what there is.
@@ -437,7 +473,11 @@ def find(path: pathlib.Path) -> pathlib.Path:
 
 def _steps(directory: pathlib.Path) -> list[int]:
   """Steps of the finished checkpoints, newest first."""
-  names = (entry.name for entry in directory.iterdir() if entry.is_dir())
+  def read() -> list[str]:
+    with os.scandir(directory) as entries:  # which raises where pathlib takes errors for "no"
+      return [entry.name for entry in entries if entry.is_dir()]
+
+  names = _patiently(directory, read)
   return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
@@ -445,8 +485,11 @@ def _held_out_losses(directory: pathlib.Path) -> dict[int, float | None]:
   """The held-out losses at the steps of the finished checkpoints, as far as they are known."""
   losses: dict[int, float | None] = {}
   for step in _steps(directory):
+    folder = directory / str(step)
     try:
-      losses[step] = read_extra(directory / str(step)).get(HELD_OUT)
+      losses[step] = _patiently(folder, functools.partial(read_extra, folder)).get(HELD_OUT)
+    except InputError:  # nor is it known then whether it is one of the best, which stay
+      raise
     except (OSError, ValueError):  # an old one that is damaged, or that another process deletes
       losses[step] = None
   return losses
@@ -481,37 +524,87 @@ def _set_aside_damaged(directory: pathlib.Path) -> int | None:
     (directory / str(step)).rename(aside)
   for step in _steps(directory):
     if not _has_all_files(directory / str(step)):
+      logging.warning("deletes what is left of the checkpoint of step %d: files of it are missing",
+                      step)
       shutil.rmtree(directory / str(step), ignore_errors=True)
   return latest
 
 
 def _has_all_files(folder: pathlib.Path) -> bool:
-  """Whether nothing of a checkpoint has been deleted; a look at names alone."""
+  """Whether nothing of a checkpoint has been deleted; a look at names alone.
+
+  Raises `StorageError` where the system does not answer: then nothing is known.
+  """
   try:
-    sums = json.loads((folder / _CHECKSUMS).read_text())
-  except (OSError, ValueError):
+    sums = json.loads(_text(folder / _CHECKSUMS))
+  except InputError:
+    raise
+  except (*_MISSING, ValueError):
     return False
-  return all((folder / name).is_file() for name in (_ORBAX_METADATA, *sums))
+  return all(_size(folder / name) is not None for name in (_ORBAX_METADATA, *sums))
 
 
 def _damage(folder: pathlib.Path) -> str:
-  """Why the checkpoint in `folder` is not whole; empty if it is. Reads every byte."""
+  """Why the checkpoint in `folder` is not whole; empty if it is. Reads every byte.
+
+  Raises `StorageError` where the system does not answer: that is no damage.
+  """
   try:
-    sums = json.loads((folder / _CHECKSUMS).read_text())
-    json.loads((folder / _ORBAX_METADATA).read_text())
-  except FileNotFoundError as error:
+    sums = json.loads(_text(folder / _CHECKSUMS))
+    json.loads(_text(folder / _ORBAX_METADATA))
+  except InputError:
+    raise
+  except _MISSING as error:
     return f"{pathlib.Path(error.filename).name} is missing"
-  except (ValueError, OSError) as error:
+  except ValueError as error:
     return f"its metadata cannot be read: {error}"
   for name, (size, crc) in sums.items():
     path = folder / name
-    if not path.is_file():
+    found = _size(path)
+    if found is None:
       return f"{name} is missing"
-    if path.stat().st_size != size:
-      return f"{name} has {path.stat().st_size} bytes, not {size}"
-    if _crc32(path) != crc:
+    if found != size:
+      return f"{name} has {found} bytes, not {size}"
+    if _patiently(path, functools.partial(_crc32, path)) != crc:
       return f"{name} is not what was written"
   return ""
+
+
+_MISSING = (FileNotFoundError, NotADirectoryError)
+
+
+def _patiently(path: pathlib.Path, read: Callable[[], T]) -> T:
+  """What `read` makes of a path. What the system refuses is tried again a few times.
+
+  Raises:
+    FileNotFoundError, NotADirectoryError: it is not there, which is an answer.
+    InputError, StorageError: the system refuses again and again, see `errors.refused`.
+  """
+  for seconds in (*_READ_AGAIN, None):
+    try:
+      return read()
+    except _MISSING:
+      raise
+    except OSError as error:
+      if seconds is None:
+        raise errors.refused(f"cannot read {path}: {error.strerror or error}", error) from error
+      logging.warning("cannot read %s: %s; tries again in %g s", path, error.strerror or error,
+                      seconds)
+      time.sleep(seconds)
+  raise AssertionError
+
+
+def _text(path: pathlib.Path) -> str:
+  return _patiently(path, path.read_text)
+
+
+def _size(path: pathlib.Path) -> int | None:
+  """Bytes of a file; None if there is none."""
+  try:
+    status = _patiently(path, path.stat)
+  except _MISSING:
+    return None
+  return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _crc32(path: pathlib.Path) -> int:
@@ -571,8 +664,8 @@ def _first(lines: list[str], count: int = 8) -> list[str]:
   return lines if more <= 0 else [*lines[:count], f"... and {more} more"]
 
 
-def write_failure(error: Exception) -> str:
-  """What the system refused while orbax was writing, in its words; empty for any other error.
+def system_failure(error: Exception) -> str:
+  """What the system refused while orbax wrote or read, in its words; empty for any other error.
 
   tensorstore reports it as a ValueError with the code in it, behind a chain of layers.
   """

@@ -15,8 +15,10 @@ from absl import flags
 from absl import logging
 
 from videogpt_jax.errors import InputError
+from videogpt_jax.errors import StorageError
 
 USER_ERROR_STATUS = 2
+STORAGE_STATUS = 74  # "input/output error" (sysexits.h); 75 is the watchdog's
 _CRASH_STATUS = 1
 _FIRST_LEAVES_AFTER = 3.0  # seconds
 
@@ -26,8 +28,8 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None, *,
   """Parses the absl flags in `argv` (default: the process's) and runs `main`.
 
   Exits with status 2 and no traceback after an `InputError` or a flag that does
-  not parse; positional arguments are refused, since no command takes any. One of several
-  processes ends at once after any error.
+  not parse, with 74 after a `StorageError`; positional arguments are refused, since no command
+  takes any. One of several processes ends at once after any error.
 
   Args:
     main: what to run, after the flags are parsed.
@@ -50,9 +52,10 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None, *,
     app.run(guarded, argv=list(argv) if argv is not None else None, flags_parser=_parse)
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
+    status = STORAGE_STATUS if isinstance(error, StorageError) else USER_ERROR_STATUS
     if _is_one_of_several():
-      _leave(USER_ERROR_STATUS)
-    sys.exit(USER_ERROR_STATUS)
+      _leave(status)
+    sys.exit(status)
   except Exception:
     if not _is_one_of_several():
       raise

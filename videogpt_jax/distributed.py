@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
@@ -18,7 +18,9 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from videogpt_jax import cli
+from videogpt_jax import errors
 from videogpt_jax.errors import InputError
+from videogpt_jax.errors import StorageError
 
 _CONNECT_S = 300  # until all processes must have come
 _MESSAGE_BYTES = 4096
@@ -90,7 +92,7 @@ def from_first(function: Callable[[], Any]) -> Any:
     function: returns something JSON-able and short.
 
   Raises:
-    InputError: the function raised one, or an `OSError`; everywhere.
+    InputError, StorageError: the function raised one, or an `OSError`; everywhere.
   """
   if jax.process_count() == 1:
     return function()
@@ -99,12 +101,14 @@ def from_first(function: Callable[[], Any]) -> Any:
     try:
       said = {"value": function()}
     except (InputError, OSError) as error:  # whatever it is, the others wait for an answer
-      said = {"error": str(error)[:_MESSAGE_BYTES // 4]}
+      if isinstance(error, OSError):
+        error = errors.refused(str(error), error)
+      said = {"error": str(error)[:_MESSAGE_BYTES // 4], "later": isinstance(error, StorageError)}
   text = json.dumps(said).encode().ljust(_MESSAGE_BYTES)
   heard = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
   said = json.loads(np.asarray(heard).tobytes())
   if "error" in said:
-    raise InputError(said["error"])
+    raise (StorageError if said["later"] else InputError)(said["error"])
   return said["value"]
 
 
@@ -129,16 +133,29 @@ def as_first(x: np.ndarray) -> np.ndarray:
   return np.asarray(multihost_utils.broadcast_one_to_all(x))
 
 
+class Stop(NamedTuple):
+  """When to stop.
+
+  Attributes:
+    after: to be called once before every step, with the number of finished steps; whether all
+      processes stop now.
+    pending: whether this process, being the only one, has been told to and need not finish what
+      it waits for. Always false of several, which have to agree on a step first.
+  """
+
+  after: Callable[[int], bool]
+  pending: Callable[[], bool]
+
+
 @contextlib.contextmanager
-def stopping() -> Iterator[Callable[[int], bool]]:
+def stopping() -> Iterator[Stop]:
   """Turns SIGTERM and Ctrl-C, in any process, into an end after the same step in all of them.
 
-  Yields a function that is to be called once before every step, with the number of finished
-  steps, and says whether to stop now.
+  Yields what says when.
   """
   if jax.process_count() == 1:
     with cli.stop_signal() as event:
-      yield lambda step: event.is_set()
+      yield Stop(lambda step: event.is_set(), event.is_set)
     return
 
   def interrupted(number: int, frame: Any) -> None:
@@ -148,6 +165,6 @@ def stopping() -> Iterator[Callable[[int], bool]]:
   # Of SIGTERM jax's coordination service takes care: all agree on a step that none has begun.
   previous = signal.signal(signal.SIGINT, interrupted)
   try:
-    yield multihost_utils.reached_preemption_sync_point
+    yield Stop(multihost_utils.reached_preemption_sync_point, lambda: False)
   finally:
     signal.signal(signal.SIGINT, previous)

@@ -1,10 +1,13 @@
 """Files that appear whole or not at all."""
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
+from videogpt_jax import errors
 from videogpt_jax.errors import InputError
 
 
@@ -12,7 +15,7 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes a file under a temporary name beside it, then puts it in its place.
 
   Raises:
-    InputError: it cannot be written; what was there is whole.
+    InputError: it cannot be written (`StorageError`: for now); what was there is whole.
   """
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.tmp")
@@ -20,9 +23,26 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
     temporary.write_bytes(data)
     os.replace(temporary, path)
   except OSError as error:
-    raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    raise errors.refused(f"cannot write {path}: {error.strerror or error}", error) from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # gone, or as unreachable as the file
+      temporary.unlink()
+
+
+def check_local(path: str, name: str) -> None:
+  """Raises `InputError` if a path is an address such as gs://bucket/run.
+
+  It would be taken for a folder below the current one, which other machines do not see.
+
+  Args:
+    path: of a folder to write to.
+    name: of the flag that gives it.
+  """
+  if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path):
+    raise InputError(
+      f"{name}={path} is no folder of this machine: mount the bucket (Cloud Storage FUSE: gcsfuse "
+      f"--implicit-dirs --rename-dir-limit=200000 BUCKET /data; --bucket of the scripts in launch/ "
+      f"does it) and name the folder there, such as {name}=/data/run")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -35,4 +55,4 @@ def make_folder(path: str | os.PathLike[str]) -> None:
   try:
     os.makedirs(path, exist_ok=True)
   except OSError as error:
-    raise InputError(f"cannot write to {path}: {error.strerror or error}") from error
+    raise errors.refused(f"cannot write to {path}: {error.strerror or error}", error) from error

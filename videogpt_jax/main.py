@@ -11,6 +11,7 @@ from videogpt_jax import cli
 from videogpt_jax import config as config_lib
 from videogpt_jax import distributed
 from videogpt_jax import dry_run
+from videogpt_jax import files
 from videogpt_jax import machine
 from videogpt_jax.errors import InputError
 
@@ -30,6 +31,7 @@ def main() -> None:
     raise InputError("--config is missing, for example --config=configs/tiny.py")
   config = _CONFIG.value
   config_lib.validate(config)
+  files.check_local(_WORKDIR.value or "", "--workdir")
   if _TOPOLOGY.value:  # before jax starts: it need not know any accelerator here
     if not _DRY_RUN.value:
       raise InputError("--topology says what --dry_run is to compile for; nothing can run there")

@@ -48,11 +48,11 @@ class Recovery:
       log: knows how many were skipped; is told of the return.
 
     Raises:
-      InputError: there is no checkpoint, or going back to it has not helped.
+      InputError: there is no checkpoint, none is whole, or going back to it has not helped.
+      StorageError: they cannot be read for now.
     """
     step = int(state.step)
-    self._checkpoints.wait()
-    good = self._checkpoints.latest_step()
+    good = self._checkpoints.verify()  # the state that is there goes before that one is read
     said = (f"{log.skipped} updates in a row, up to step {step}, were skipped: loss or gradient "
             "not finite, or far larger than usual (config.train.spike)")
     advice = "lower config.optimizer.learning_rate or look at the data, then go on from it"

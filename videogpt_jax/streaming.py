@@ -80,7 +80,7 @@ def write(path: str | pathlib.Path, leaves: Mapping[str, Leaf], config: dict[str
       checkpoint.seal(whole)
       os.replace(whole, final)
   except (OSError, ValueError) as error:
-    reason = checkpoint.write_failure(error)
+    reason = checkpoint.system_failure(error)
     if not reason:
       raise
     raise InputError(f"cannot write the checkpoint {path}: {reason}") from error

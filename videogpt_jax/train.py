@@ -9,7 +9,7 @@ Each of these stands in a `with` block of the log, which knows the time that it 
 (`telemetry.goodput`) and tells the watchdog that it ended.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import math
@@ -88,7 +88,7 @@ def _log(run: evaluators_lib.Run, account: goodput.Account, start: int
 
 
 def _loop(run: evaluators_lib.Run, state: step_lib.TrainState, start: int,
-          checkpoints: checkpoint.Checkpoints, stop: Callable[[int], bool],
+          checkpoints: checkpoint.Checkpoints, stop: distributed.Stop,
           log: train_log.TrainLog) -> int:
   steps = run.config.train.steps
   train_step = step_lib.compile_step(run.recipe, run.mesh)
@@ -96,8 +96,11 @@ def _loop(run: evaluators_lib.Run, state: step_lib.TrainState, start: int,
   recover = recovery.Recovery(run.recipe, run.mesh, checkpoints, run.config.train)
   done, stopped = start, False
   with contextlib.closing(training_batches(run, start)) as batches:
-    while done < steps and not (stopped := stop(done)):
+    while done < steps and not (stopped := stop.after(done)):
       with log.waiting():
+        if not batches.wait(stop.pending):
+          stopped = True
+          break
         batch = next(batches)
       with log.stepping(done + 1, batch.latents.shape):
         state, metrics = train_step(state, batch.latents)
@@ -118,14 +121,15 @@ def _loop(run: evaluators_lib.Run, state: step_lib.TrainState, start: int,
           checkpoints.save(done, state, run.extra(done))
         log.saved(done)
       checkpoints.check()
-  log.catch_up()
-  if not log.skipped or done == steps:  # else what comes is found out anew from the last good one
-    with log.aside(goodput.CHECKPOINT):
-      checkpoints.save(done, state, run.extra(done), wait=True)
-  if done > start:
-    log.finish()
-  if stopped and done < steps:
-    run.writer.say(f"stopped by a signal after step {done}; the same command goes on from here")
+    # Before the batches are closed, which waits for the one being read: storage may hang.
+    log.catch_up()
+    if not log.skipped or done == steps:  # else what comes is found out anew from the last good one
+      with log.aside(goodput.CHECKPOINT):
+        checkpoints.save(done, state, run.extra(done), wait=True)
+    if done > start:
+      log.finish()
+    if stopped and done < steps:
+      run.writer.say(f"stopped by a signal after step {done}; the same command goes on from here")
   return done
 
 
@@ -289,7 +293,7 @@ def initial_params(source: str | weights_lib.Source, recipe: step_lib.Recipe, wa
     array.astype(places[name].dtype, copy=False), places[name].sharding))
 
 
-def training_batches(run: evaluators_lib.Run, start: int) -> Generator[pipeline.Batch, None, None]:
+def training_batches(run: evaluators_lib.Run, start: int) -> pipeline.DeviceBatches:
   """Batches from step `start` on, already on the devices."""
   data, batch_size = run.config.data, run.config.train.batch_size
   rows = sharding.rows(run.mesh)

@@ -129,6 +129,7 @@ class TrainLog:
   def saved(self, step: int) -> None:
     """A checkpoint of `step` is on its way: from here on the time of later steps may be lost."""
     self._account.record(step)
+    self._writer.sync()
 
   def finish(self) -> None:
     """Closes the account after the last step, and says where the time went."""

@@ -306,6 +306,28 @@ def test_to_device_reads_ahead_by_its_prefetch():
   assert "batches to devices" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_the_wait_for_a_batch_can_be_cut_short():
+  """Storage hangs; a batch that comes later is still there."""
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  expected, storage = _take(2, Memory([9])), threading.Event()
+
+  def hangs():
+    yield expected[0]
+    storage.wait()
+    yield expected[1]
+
+  iterator = pipeline.to_device(hangs(), sharding)
+  assert iterator.wait(lambda: False)
+  _same(next(iterator), expected[0])
+  asked = []
+  assert not iterator.wait(lambda: not asked.append(0) and len(asked) > 1)
+  storage.set()
+  assert iterator.wait(lambda: False) and iterator.wait(lambda: True)
+  _same(next(iterator), expected[1])
+  assert list(iterator) == [] == list(iterator)
+  assert "batches to devices" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_to_device_raises_what_went_wrong_in_the_thread():
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

@@ -10,7 +10,7 @@ processes, of hosts, or where a run was resumed.
 """
 
 import collections
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +18,7 @@ import queue
 import signal
 import threading
 from typing import Any, NamedTuple, Protocol
+import weakref
 
 from absl import flags
 import grain
@@ -37,6 +38,7 @@ _ENDLESS = 2**62
 # beyond, it is computed place by place, so that memory does not grow with the records.
 _TABLE = 2**16
 _ROUNDS = 4  # of index_shuffle's cipher, grain's own choice
+_POLL_SECONDS = 0.2
 _THREADS = 2  # one reads while the other waits for the disk or decompresses without the GIL
 
 
@@ -390,10 +392,81 @@ def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, .
   return tuple(sorted({row for index in held for row in everything[(index or (slice(None),))[0]]}))
 
 
+class DeviceBatches(Iterator[Batch]):
+  """Batches on their way to the devices; see `to_device`."""
+
+  def __init__(self, iterator: Iterator[Batch], put: Callable[[Batch], Batch], prefetch: int):
+    self._ready: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
+    self._ahead, stop = threading.Semaphore(prefetch + 1), threading.Event()
+    self._next: list[Batch | BaseException | None] = []  # taken from the queue, not asked for yet
+    self._in_use = False
+    # The thread must not know of this object, whose end is its own.
+    arguments = iterator, put, self._ready, self._ahead, stop
+    thread = threading.Thread(target=_feed, args=arguments, name="batches to devices", daemon=True)
+    thread.start()
+    self._end = weakref.finalize(self, _end_feed, iterator, self._ahead, stop, thread)
+    self._end.atexit = False  # the thread may never end
+
+  def wait(self, stop: Callable[[], bool]) -> bool:
+    """Waits for the next batch; whether it is there, or `stop` said so before."""
+    self._release()
+    while not self._next:
+      try:
+        self._next.append(self._ready.get(timeout=_POLL_SECONDS))
+      except queue.Empty:
+        if stop():
+          return False
+    return True
+
+  def __next__(self) -> Batch:
+    if not self._end.alive:
+      raise StopIteration
+    self._release()
+    batch = self._next.pop() if self._next else self._ready.get()
+    if isinstance(batch, Batch):
+      self._in_use = True
+      return batch
+    self.close()
+    if batch is None:
+      raise StopIteration
+    raise batch
+
+  def close(self) -> None:
+    """Waits until the batch being read is there, and ends the thread and the iterator's workers."""
+    self._end()
+
+  def _release(self) -> None:
+    """The batch given out last is not in use any more."""
+    if self._in_use:
+      self._in_use = False
+      self._ahead.release()
+
+
+def _feed(iterator: Iterator[Batch], put: Callable[[Batch], Batch],
+          ready: "queue.SimpleQueue[Batch | BaseException | None]",
+          ahead: threading.Semaphore, stop: threading.Event) -> None:
+  try:
+    while ahead.acquire() and not stop.is_set():
+      ready.put(put(next(iterator)))
+  except StopIteration:
+    ready.put(None)
+  except BaseException as error:  # raised where the batch is asked for
+    ready.put(error)
+
+
+def _end_feed(iterator: Iterator[Batch], ahead: threading.Semaphore, stop: threading.Event,
+              thread: threading.Thread) -> None:
+  stop.set()
+  ahead.release()
+  thread.join()
+  if hasattr(iterator, "close"):
+    iterator.close()  # left to the garbage collector, shared memory of workers leaks
+
+
 def to_device(
   iterator: Iterator[Batch], sharding: jax.sharding.Sharding, prefetch: int = 2,
   batch_size: int | None = None,
-) -> Generator[Batch, None, None]:
+) -> DeviceBatches:
   """Puts batches on the devices ahead of time, in a thread, so that a step never waits for that.
 
   Closing it ends the iterator's workers too.
@@ -405,34 +478,9 @@ def to_device(
     batch_size: B, rows of the global batch; by default those that this process passes.
 
   Raises:
-    InputError: the rows do not divide among the devices.
+    InputError: the rows do not divide among the devices; where the first batch is asked for.
   """
-  ready: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
-  ahead, stop = threading.Semaphore(prefetch + 1), threading.Event()
-
-  def feed() -> None:
-    try:
-      while ahead.acquire() and not stop.is_set():
-        ready.put(_put(next(iterator), sharding, batch_size))
-    except StopIteration:
-      ready.put(None)
-    except BaseException as error:  # raised where the batch is asked for
-      ready.put(error)
-
-  thread = threading.Thread(target=feed, name="batches to devices", daemon=True)
-  thread.start()
-  try:
-    while (batch := ready.get()) is not None:
-      if isinstance(batch, BaseException):
-        raise batch
-      yield batch
-      ahead.release()
-  finally:
-    stop.set()
-    ahead.release()
-    thread.join()
-    if hasattr(iterator, "close"):
-      iterator.close()  # left to the garbage collector, shared memory of workers leaks
+  return DeviceBatches(iterator, lambda batch: _put(batch, sharding, batch_size), prefetch)
 
 
 def _put(batch: Batch, sharding: jax.sharding.Sharding, batch_size: int | None) -> Batch:

@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any, TextIO
 
+from videogpt_jax import errors
 from videogpt_jax import files
 from videogpt_jax.errors import InputError
 
@@ -17,11 +18,12 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
 
   Raises:
     InputError: the file is missing, or another line of it is not JSON.
+    StorageError: the system refuses to read it for now.
   """
   try:
     lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
   except OSError as error:
-    raise InputError(f"cannot read metrics: {error}") from error
+    raise errors.refused(f"cannot read metrics: {error}", error) from error
   records = []
   for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
     try:
@@ -46,8 +48,8 @@ def reopen(
 
 @contextlib.contextmanager
 def writing(folder: pathlib.Path) -> Iterator[None]:
-  """Turns what the system refuses to write into an `InputError`."""
+  """Turns what the system refuses to write into an `InputError` or a `StorageError`."""
   try:
     yield
   except OSError as error:
-    raise InputError(f"cannot write to {folder}: {error}") from error
+    raise errors.refused(f"cannot write to {folder}: {error}", error) from error

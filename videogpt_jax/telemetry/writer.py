@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import pathlib
 import time
 from typing import Any
@@ -68,7 +69,8 @@ class Writer:
   written again, and does not end the run: whether the state can be saved decides that.
 
   Raises:
-    InputError: the workdir cannot be written (no permission, disk full, not a folder).
+    InputError: the workdir cannot be written (no permission, not a folder).
+    StorageError: it cannot for now (disk full, unreachable).
   """
 
   mirror: mirror_lib.WeightsAndBiases | None = None  # is shown the same
@@ -101,6 +103,12 @@ class Writer:
     with self._refusals("times"):
       self._times.write(json.dumps(record) + "\n")
       self._times.flush()
+
+  def sync(self) -> None:
+    """Hands the lines over to storage: a mounted bucket has of a file what was synced or closed."""
+    for kind, file in (("metrics", self._lines), ("times", self._times)):
+      with self._refusals(kind):
+        os.fsync(file.fileno())
 
   def timings(self) -> list[dict[str, Any]]:
     """All records of the run's time, from its first start on."""
@@ -173,6 +181,9 @@ class Silent:
     """Does nothing."""
 
   def timing(self, record: Mapping[str, Any]) -> None:
+    """Does nothing."""
+
+  def sync(self) -> None:
     """Does nothing."""
 
   def timings(self) -> list[dict[str, Any]]:
