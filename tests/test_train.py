@@ -565,6 +565,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(tiny, tmp_path, poison, monkey
   go_back = recovery.Recovery.__call__
 
   def damage_and_go_back(self, state, log):
+    self._checkpoints.wait()  # it is saved in the background
     path = tmp_path / checkpoint.FOLDER / "6" / "state" / "manifest.ocdbt"
     path.write_bytes(path.read_bytes()[:-1])
     return go_back(self, state, log)
