@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import sys
 
+from absl.testing import flagsaver
 import numpy as np
 from PIL import Image
 import pytest
@@ -297,11 +298,17 @@ def test_encode_writes_the_same_latents_however_many_processes(root, tmp_path):
   assert store.origin(made[0])["source"] == "tfds"
 
 
-def test_the_command_takes_a_name(monkeypatch):
-  from absl.testing import flagsaver
+@pytest.fixture
+def flags_of_encode():
+  """The command's flags, gone after the test: --config is required of whoever parses flags."""
+  before = flagsaver.save_flag_values()
+  encode._define_flags()
+  yield
+  flagsaver.restore_flag_values(before)
+  assert "config" not in encode.flags.FLAGS
 
-  if "videos" not in encode.flags.FLAGS:
-    encode._define_flags()
+
+def test_the_command_takes_a_name(monkeypatch, flags_of_encode):
   seen = []
   monkeypatch.setattr(encode, "encode", lambda config, **_: seen.append(config.data))
   c = config_lib.default()
