@@ -17,7 +17,7 @@ import pytest
 
 import processes
 import tiny_run
-from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax.benchmarks import report
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,7 +60,7 @@ class _Run:
 
   def newest(self):
     """Step of the newest finished checkpoint, or 0."""
-    folder = self._workdir / checkpoint.FOLDER
+    folder = self._workdir / checkpoint_files.FOLDER
     return max((int(x.name) for x in folder.glob("*") if x.name.isdigit()), default=0)
 
   def kill(self, which):

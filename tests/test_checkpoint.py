@@ -24,6 +24,7 @@ import optax
 import pytest
 
 from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax import retention
 from videogpt_jax.errors import InputError
 from videogpt_jax.errors import StorageError
@@ -152,8 +153,8 @@ def test_damage_to_any_file_of_the_newest_is_found_and_the_one_before_taken(
   for file in files:
     run = tmp_path / "run"
     shutil.rmtree(run, ignore_errors=True)
-    shutil.copytree(whole, run / checkpoint.FOLDER)
-    DAMAGE[how](run / checkpoint.FOLDER / file)
+    shutil.copytree(whole, run / checkpoint_files.FOLDER)
+    DAMAGE[how](run / checkpoint_files.FOLDER / file)
     warnings.clear()
     checkpoints = _open(run)
     assert checkpoints.latest_step() == 10, file
@@ -249,7 +250,7 @@ def _start(script: str, *args: str, devices: int = 1) -> subprocess.Popen:
 @pytest.mark.parametrize("moment", ["while writing", "before the rename"])
 def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path, moment):
   process = _start(_SAVER, str(tmp_path), moment)
-  directory = tmp_path / checkpoint.FOLDER
+  directory = tmp_path / checkpoint_files.FOLDER
   deadline = time.monotonic() + 60
   pattern = "2.*/checksums.json" if moment == "before the rename" else "2.*"
   while not list(directory.glob(pattern)):
@@ -341,7 +342,7 @@ def test_storage_that_is_away_when_a_run_starts(tmp_path, monkeypatch):
 @pytest.fixture
 def unreadable(monkeypatch):
   """Makes the system refuse, so many times, to read or look at paths that end so."""
-  monkeypatch.setattr(checkpoint, "_READ_AGAIN", (0.01, 0.01))
+  monkeypatch.setattr(checkpoint_files, "_READ_AGAIN", (0.01, 0.01))
   left = {}
 
   def at(ending, times):
@@ -358,7 +359,7 @@ def unreadable(monkeypatch):
 
   for name in ("read_text", "open", "stat"):
     monkeypatch.setattr(pathlib.Path, name, refusing(getattr(pathlib.Path, name)))
-  monkeypatch.setattr(checkpoint, "read_extra", refusing(checkpoint.read_extra))
+  monkeypatch.setattr(checkpoint_files, "read_extra", refusing(checkpoint_files.read_extra))
   return at
 
 
@@ -395,7 +396,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch)
       raise PermissionError(errno.EACCES, "Permission denied", str(path))
     return read(path, *arguments, **named)
 
-  monkeypatch.setattr(checkpoint, "_READ_AGAIN", ())
+  monkeypatch.setattr(checkpoint_files, "_READ_AGAIN", ())
   monkeypatch.setattr(pathlib.Path, "read_text", refuse)
   with pytest.raises(InputError, match=r"cannot read .*checksums\.json: Permission denied"):
     _open(tmp_path)
@@ -418,7 +419,7 @@ def test_the_last_those_at_a_cadence_and_the_best_stay(tmp_path):
     checkpoints.close()
   left = sorted(int(path.name) for path in checkpoints.directory.iterdir())
   assert left == [20, 30, 50, 60, 70]
-  assert checkpoint.read_extra(checkpoints.directory / "50")["held_out"] == 0.2
+  assert checkpoint_files.read_extra(checkpoints.directory / "50")["held_out"] == 0.2
 
 
 @given(losses=st.lists(st.none() | st.floats(0, 1) | st.sampled_from([math.nan, math.inf]),
@@ -573,14 +574,14 @@ def test_restores_on_another_mesh_and_on_fewer_devices(tmp_path):
   checkpoints.close()
   assert len(state["params"]["x"].devices()) == 1
   np.testing.assert_array_equal(state["params"]["x"], x)
-  np.testing.assert_array_equal(checkpoint.load_params(tmp_path, "params")[0]["x"], x)
+  np.testing.assert_array_equal(checkpoint_files.load_params(tmp_path, "params")[0]["x"], x)
 
 
 def test_load_params_needs_no_model(tmp_path):
   directory = _save(tmp_path, 10, 20)
   for path in (tmp_path, directory / "20"):
     for which in ("ema", "params"):
-      params, config = checkpoint.load_params(path, which)
+      params, config = checkpoint_files.load_params(path, which)
       expected = getattr(_state(20), which)
       assert jax.tree.structure(params) == jax.tree.structure(expected)
       kernel = params["proj"]["kernel"]
@@ -588,7 +589,7 @@ def test_load_params_needs_no_model(tmp_path):
       np.testing.assert_array_equal(kernel, expected["proj"]["kernel"])
       assert config == EXTRA["config"]
   np.testing.assert_array_equal(
-    checkpoint.load_params(directory / "10", "params")[0]["proj"]["kernel"],
+    checkpoint_files.load_params(directory / "10", "params")[0]["proj"]["kernel"],
     _state(10).params["proj"]["kernel"],
   )
 
@@ -596,23 +597,23 @@ def test_load_params_needs_no_model(tmp_path):
 def test_load_params_skips_a_damaged_newest_and_changes_nothing(tmp_path, warnings):
   directory = _save(tmp_path, 10, 20)
   _flip(directory / "20" / "state" / "manifest.ocdbt")
-  params, _ = checkpoint.load_params(tmp_path, "params")
+  params, _ = checkpoint_files.load_params(tmp_path, "params")
   np.testing.assert_array_equal(params["proj"]["kernel"], _state(10).params["proj"]["kernel"])
   assert "20" in warnings[0]
   assert sorted(path.name for path in directory.iterdir()) == ["10", "20"]
   with pytest.raises(InputError, match=r"20 is damaged: state/manifest\.ocdbt"):
-    checkpoint.load_params(directory / "20")
+    checkpoint_files.load_params(directory / "20")
 
 
 def test_load_params_refuses_what_is_not_there(tmp_path):
   with pytest.raises(InputError, match=r"no checkpoint in .*nowhere"):
-    checkpoint.load_params(tmp_path / "nowhere")
-  (tmp_path / "fresh" / checkpoint.FOLDER).mkdir(parents=True)
+    checkpoint_files.load_params(tmp_path / "nowhere")
+  (tmp_path / "fresh" / checkpoint_files.FOLDER).mkdir(parents=True)
   with pytest.raises(InputError, match="no whole checkpoint"):
-    checkpoint.load_params(tmp_path / "fresh")
+    checkpoint_files.load_params(tmp_path / "fresh")
   _save(tmp_path / "run", 1)
   with pytest.raises(InputError, match="holds no 'weights', only ema, opt_state, params, step"):
-    checkpoint.load_params(tmp_path / "run", "weights")
+    checkpoint_files.load_params(tmp_path / "run", "weights")
 
 
 def _extra(**changes) -> dict:

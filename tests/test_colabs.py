@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax import config as config_lib
 from videogpt_jax import folder as folder_lib
 from videogpt_jax import weights
@@ -221,7 +221,7 @@ def test_trains_and_saves(executed):
   (curve,) = [o for o in cell(notebook, "train").outputs if "data" in o]
   drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(curve.data["image/png"]))).convert("L"))
   assert drawn.std() > 0
-  _, config = checkpoint.load_params(folder / "run" / checkpoint.FOLDER / str(STEPS))
+  _, config = checkpoint_files.load_params(folder / "run" / checkpoint_files.FOLDER / str(STEPS))
   assert config["name"] == "quickstart"
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 import golden_videogpt as golden
 import tiny_run
 import torch_files
-from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax import convert
 from videogpt_jax import folder as folder_lib
 from videogpt_jax import model
@@ -410,7 +410,7 @@ def test_golden_phi3_without_marker_rows_is_refused(tmp_path):
 
 def test_a_run_is_exported_and_predicts_the_same(finished, tmp_path):
   convert.export_folder(str(finished.workdir), str(tmp_path / "out"), "float32")
-  trained, _ = checkpoint.load_params(finished.workdir)
+  trained, _ = checkpoint_files.load_params(finished.workdir)
   exported = weights_lib.load(str(tmp_path / "out"))
   _assert_equal(exported.params, trained)
   run = weights_lib.load(str(finished.workdir))

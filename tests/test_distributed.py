@@ -9,7 +9,7 @@ import pytest
 
 import processes
 import tiny_run
-from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax import cli
 
 
@@ -102,7 +102,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(finished, tmp_path, numbe
   assert "stopped by a signal after step" in out
   step = int(out.split("stopped by a signal after step ")[1].split(";")[0])
   assert int(tiny_run.saved_state(tmp_path)["step"]) == step
-  assert [path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()] == [str(step)]
+  assert [path.name for path in (tmp_path / checkpoint_files.FOLDER).iterdir()] == [str(step)]
   done = tiny_run.run(
     "main", f"--config={finished.config_file}", f"--workdir={tmp_path}", "--config.mesh.data=2",
     "--config.mesh.fsdp=2", f"--config.train.steps={step + 2}", "--config.log.videos=0",
@@ -135,7 +135,7 @@ runpy.run_module("videogpt_jax.main", run_name="__main__", alter_sys=True)
 
 def test_storage_that_refuses_ends_all_and_the_same_command_goes_on(finished, tmp_path):
   """One process cannot write its checkpoint: launchers answer its status by a new start."""
-  names = finished.workdir / checkpoint.FOLDER / "21" / "state" / "_METADATA"
+  names = finished.workdir / checkpoint_files.FOLDER / "21" / "state" / "_METADATA"
   options = [f"--config={finished.config_file}", f"--workdir={tmp_path}"]
   running = processes.start(["-c", _LIMITED, names.stat().st_size - 1, *options], 2, 4)
   errors = _errors_of_the_first(running)  # the other would wait for it for hours

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 import tiny_run
-from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "interrupt_soak.json"
@@ -56,7 +56,7 @@ def _kill(command, log, *, step=None, seconds=0.0):
 
 def _newest(workdir):
   """Step of the newest finished checkpoint; 0 if there is none."""
-  folder = workdir / checkpoint.FOLDER
+  folder = workdir / checkpoint_files.FOLDER
   return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
 
 

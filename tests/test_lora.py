@@ -17,6 +17,7 @@ import pytest
 
 import tiny_run
 from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax import config as config_lib
 from videogpt_jax import convert
 from videogpt_jax import flops
@@ -197,7 +198,7 @@ def _copied(tuned, folder):
 
 
 def test_a_checkpoint_holds_adapters_alone(tuned):
-  saved = checkpoint.saved_tree(checkpoint.find(tuned))
+  saved = checkpoint_files.saved_tree(checkpoint_files.find(tuned))
   assert set(saved) == {"step", "params", "ema", "opt_state", "bad_steps", "skipped",
                         "typical_norm"}
   for name in ("params", "ema"):
@@ -206,9 +207,9 @@ def test_a_checkpoint_holds_adapters_alone(tuned):
     assert all(path[-1].endswith((lora.A, lora.B)) for path in paths)
   sizes = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
   assert sizes(saved) < 5 * sizes(saved["params"])
-  record = checkpoint.read_extra(checkpoint.find(tuned))["base"]
+  record = checkpoint_files.read_extra(checkpoint_files.find(tuned))["base"]
   assert record["path"] == str(tuned.parent / "base")
-  assert set(record["checksums"]) == set(checkpoint.open_params(tuned.parent / "base").leaves)
+  assert set(record["checksums"]) == set(checkpoint_files.open_params(tuned.parent / "base").leaves)
 
 
 def test_steps_change_the_adapters_and_not_the_base(tiny, finished, tmp_path):
@@ -218,7 +219,7 @@ def test_steps_change_the_adapters_and_not_the_base(tiny, finished, tmp_path):
   opened = checkpoint.Checkpoints(tmp_path, keep=1, save_every=1)
   state = train.find_state(c, recipe, mesh, opened, source.fingerprint, train.open_base(c))
   opened.close()
-  given = checkpoint.load_params(finished.workdir)[0]
+  given = checkpoint_files.load_params(finished.workdir)[0]
   _assert_equal(jax.device_get(state.base), given)
   first = jax.device_get(state.params)
   stored = np.random.default_rng(0).integers(0, 256, size=(8, 4, 4, 4, recipe.codec.channels))
@@ -238,8 +239,8 @@ def test_resumed_it_is_the_same_bit_for_bit(tuned, tiny, tmp_path):
     c.train.steps = steps
     train.train(c, str(tmp_path))
   tiny_run.assert_same_state(tmp_path, tuned)
-  again = checkpoint.read_extra(checkpoint.find(tmp_path))["base"]
-  assert again == checkpoint.read_extra(checkpoint.find(tuned))["base"]
+  again = checkpoint_files.read_extra(checkpoint_files.find(tmp_path))["base"]
+  assert again == checkpoint_files.read_extra(checkpoint_files.find(tuned))["base"]
 
 
 def test_another_base_is_refused(tuned, tiny, tmp_path, finished):
@@ -299,8 +300,8 @@ def test_exported_it_is_the_merged_model(tuned, tmp_path):
   convert.export_folder(str(tuned), str(tmp_path / "out"))
   exported, run = weights_lib.load(str(tmp_path / "out")), weights_lib.load(str(tuned))
   _assert_equal(exported.params, run.params)
-  base = checkpoint.load_params(tuned.parent / "base")[0]
-  adapters = checkpoint.load_params(tuned)[0]
+  base = checkpoint_files.load_params(tuned.parent / "base")[0]
+  adapters = checkpoint_files.load_params(tuned)[0]
   expected = _merged(base, adapters)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
                exported.params, expected)
@@ -323,8 +324,8 @@ def test_adapters_of_adapters(tuned, tiny, tmp_path):
   c = _tuning(tiny, tuned)
   c.train.steps = 3
   train.train(c, str(tmp_path))
-  record = checkpoint.read_extra(checkpoint.find(tmp_path))["base"]
-  first = checkpoint.read_extra(checkpoint.find(tuned))["base"]
+  record = checkpoint_files.read_extra(checkpoint_files.find(tmp_path))["base"]
+  first = checkpoint_files.read_extra(checkpoint_files.find(tuned))["base"]
   differ = {name.split("/")[-1] for name, x in record["checksums"].items()
             if x != first["checksums"][name]}
   assert differ == set(lora.TARGETS)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import tiny_run
-from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax import telemetry
 
 
@@ -23,7 +23,7 @@ def test_a_run_from_the_first_to_the_last_step(finished):
   assert re.match(r"step 2/24 +8\.3% \| loss ", said[1])
   assert said[-1] == f"24 steps of 24 done; the run is in {finished.workdir}"
   assert finished.result.stderr == ""
-  assert (finished.workdir / checkpoint.FOLDER / "24").is_dir()
+  assert (finished.workdir / checkpoint_files.FOLDER / "24").is_dir()
   assert list((finished.workdir / "tensorboard").glob("events.out.tfevents.*"))
   with Image.open(finished.workdir / "videos" / "rollout_0_24.gif") as picture:
     assert picture.n_frames == 4  # of 16 px, enlarged, the truth beside the prediction

@@ -22,6 +22,7 @@ import pytest
 
 import tiny_run
 from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax import config as config_lib
 from videogpt_jax import evaluators
 from videogpt_jax import recovery
@@ -245,7 +246,7 @@ def test_where_the_time_went(finished):
 def test_time_of_lost_steps_and_between_processes(finished, tiny, tmp_path, capsys):
   tiny.train.steps, tiny.log.videos = 24, 0
   shutil.copytree(finished.workdir, tmp_path, dirs_exist_ok=True)
-  shutil.rmtree(tmp_path / checkpoint.FOLDER / "24")
+  shutil.rmtree(tmp_path / checkpoint_files.FOLDER / "24")
   path = tmp_path / writer_lib.TIME_FILE
   before = telemetry.read_metrics(path)
   killed = [r for r in before if "event" not in r or r["event"] == "start"]
@@ -369,7 +370,7 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path, tiny, capsys):
 
 
 def _files(workdir):
-  return [path for path in (workdir / checkpoint.FOLDER).rglob("*") if path.is_file()]
+  return [path for path in (workdir / checkpoint_files.FOLDER).rglob("*") if path.is_file()]
 
 
 # How a run starts -------------------------------------------------------------------------
@@ -394,7 +395,7 @@ def test_resume_goes_before_init_from_goes_before_scratch(tiny, finished, steps,
   tiny.checkpoint.init_from = str(finished.workdir)
   started = jax.device_get(_find_state(tiny, tmp_path / "new"))
   assert f"starting from the weights of {finished.workdir}" in capsys.readouterr().out
-  ema = checkpoint.load_params(finished.workdir, "ema")[0]
+  ema = checkpoint_files.load_params(finished.workdir, "ema")[0]
   _assert_equal((started.params, started.ema), (ema, ema))
   assert int(started.step) == 0
   _assert_equal(started.opt_state, steps[4][0].opt_state)
@@ -402,7 +403,7 @@ def test_resume_goes_before_init_from_goes_before_scratch(tiny, finished, steps,
   tiny.checkpoint.init_from = str(tmp_path / "not there")
   resumed = jax.device_get(_find_state(tiny, finished.workdir))
   assert int(resumed.step) == 24
-  _assert_equal(resumed.params, checkpoint.load_params(finished.workdir, "params")[0])
+  _assert_equal(resumed.params, checkpoint_files.load_params(finished.workdir, "params")[0])
   with pytest.raises(InputError, match="not there"):
     _find_state(tiny, tmp_path / "new")
 
@@ -411,10 +412,10 @@ def test_without_an_ema_the_parameters_are_shown(tiny, finished, tmp_path):
   """No copy is kept, in memory or on disk; and a run may begin or cease to keep one."""
   tiny.train.ema_decay, tiny.train.steps = 0.0, 6
   train.train(tiny, str(tmp_path))
-  saved = checkpoint.saved_tree(tmp_path / checkpoint.FOLDER / "6")
+  saved = checkpoint_files.saved_tree(tmp_path / checkpoint_files.FOLDER / "6")
   assert set(saved) == {"step", "params", "opt_state", "bad_steps", "skipped", "typical_norm"}
-  params = checkpoint.load_params(tmp_path, "params")[0]
-  _assert_equal(checkpoint.load_params(tmp_path)[0], params)
+  params = checkpoint_files.load_params(tmp_path, "params")[0]
+  _assert_equal(checkpoint_files.load_params(tmp_path)[0], params)
   _assert_equal(weights_lib.load(str(tmp_path)).params, params)
   state = _find_state(tiny, tmp_path)
   assert state.ema is None and state.shown is state.params
@@ -424,7 +425,7 @@ def test_without_an_ema_the_parameters_are_shown(tiny, finished, tmp_path):
   tiny.train.ema_decay = 0.0
   ceased = _find_state(tiny, finished.workdir)
   assert ceased.ema is None
-  saved = checkpoint.load_params(finished.workdir, "params")[0]
+  saved = checkpoint_files.load_params(finished.workdir, "params")[0]
   _assert_equal(jax.device_get(ceased.params), saved)
 
 
@@ -534,7 +535,7 @@ def test_a_row_of_skipped_updates_leads_back_to_the_last_good_checkpoint(
 
   shutil.copytree(tmp_path / "a", tmp_path / "copy")
   for later in ("9", "12"):
-    shutil.rmtree(tmp_path / "a" / checkpoint.FOLDER / later)
+    shutil.rmtree(tmp_path / "a" / checkpoint_files.FOLDER / later)
   opened = checkpoint.Checkpoints(tmp_path / "a", keep=retention.Retention(9), save_every=3)
   number, state = opened.restore(step_lib.abstract_state(recipe, mesh))
   opened.close()
@@ -546,7 +547,7 @@ def test_a_row_of_skipped_updates_leads_back_to_the_last_good_checkpoint(
     for _ in range(3):
       state, _ = step(state, next(batches).latents)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params),
-               checkpoint.load_params(tmp_path / "copy", "params")[0])
+               checkpoint_files.load_params(tmp_path / "copy", "params")[0])
 
   interrupt(8)  # within the row: what was skipped is not saved
   assert train.train(tiny, str(tmp_path / "b")) == 8
@@ -566,14 +567,14 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(tiny, tmp_path, poison, monkey
 
   def damage_and_go_back(self, state, log):
     self._checkpoints.wait()  # it is saved in the background
-    path = tmp_path / checkpoint.FOLDER / "6" / "state" / "manifest.ocdbt"
+    path = tmp_path / checkpoint_files.FOLDER / "6" / "state" / "manifest.ocdbt"
     path.write_bytes(path.read_bytes()[:-1])
     return go_back(self, state, log)
 
   monkeypatch.setattr(recovery.Recovery, "__call__", damage_and_go_back)
   assert train.train(tiny, str(tmp_path)) == 12
   assert "with the parameters of step 3" in capsys.readouterr().out
-  assert (tmp_path / checkpoint.FOLDER / "damaged-6").is_dir()
+  assert (tmp_path / checkpoint_files.FOLDER / "damaged-6").is_dir()
 
 
 def test_steps_go_on_while_storage_is_slow(tiny, tmp_path, monkeypatch):
@@ -603,16 +604,16 @@ def test_steps_go_on_while_storage_is_slow(tiny, tmp_path, monkeypatch):
   monkeypatch.setattr(step_lib, "compile_step", compile_and_count)
   monkeypatch.setattr(checkpoint.Checkpoints, "_write_checksums", write_slowly)
   assert train.train(tiny, str(tmp_path)) == 9
-  folder = tmp_path / checkpoint.FOLDER
+  folder = tmp_path / checkpoint_files.FOLDER
   for step in (3, 6, 9):
-    assert checkpoint.find(folder / str(step)) == folder / str(step)  # reads every byte
-    assert int(checkpoint.load_params(folder / str(step), "step")[0]) == step
+    assert checkpoint_files.find(folder / str(step)) == folder / str(step)  # reads every byte
+    assert int(checkpoint_files.load_params(folder / str(step), "step")[0]) == step
 
 
 def test_a_signal_saves_although_storage_hangs_where_the_data_is(tiny, tmp_path, monkeypatch):
   tiny.log.videos, tiny.checkpoint.every = 0, 100
   read, hangs, storage, saved = pipeline.batches, threading.Event(), threading.Event(), []
-  (tmp_path / checkpoint.FOLDER).mkdir()
+  (tmp_path / checkpoint_files.FOLDER).mkdir()
 
   def hanging(*arguments, **named):
     batches = read(*arguments, **named)
@@ -627,7 +628,7 @@ def test_a_signal_saves_although_storage_hangs_where_the_data_is(tiny, tmp_path,
     time.sleep(1)  # for the steps on the batches that are there
     os.kill(os.getpid(), signal.SIGTERM)
     deadline = time.monotonic() + 40
-    folder = tmp_path / checkpoint.FOLDER
+    folder = tmp_path / checkpoint_files.FOLDER
     while not (found := [path.name for path in folder.iterdir() if path.name.isdigit()]) and (
         time.monotonic() < deadline):
       time.sleep(0.05)
@@ -646,11 +647,11 @@ def test_a_signal_saves_although_storage_hangs_where_the_data_is(tiny, tmp_path,
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(tiny, tmp_path, finished):
   tiny.train.steps, tiny.log.videos, tiny.checkpoint.failures = 24, 0, 0
   shutil.copytree(finished.workdir, tmp_path, dirs_exist_ok=True)
-  shutil.rmtree(tmp_path / checkpoint.FOLDER / "24")
+  shutil.rmtree(tmp_path / checkpoint_files.FOLDER / "24")
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   # No longer file can be written: enough for the log, too little for the names of the arrays.
   # (How many files the arrays themselves are in differs from save to save.)
-  size = (tmp_path / checkpoint.FOLDER / "21" / "state" / "_METADATA").stat().st_size - 1
+  size = (tmp_path / checkpoint_files.FOLDER / "21" / "state" / "_METADATA").stat().st_size - 1
   assert size > 1.5 * (tmp_path / telemetry.METRICS_FILE).stat().st_size
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
@@ -717,7 +718,7 @@ def test_eight_devices_compute_what_one_does(tiny, steps, tmp_path):
   assert refused in result.stdout
   np.testing.assert_allclose(np.load(tmp_path / "losses.npy"),
                              [m["loss_sum"] for m in metrics[:2]], rtol=1e-5)
-  moments = checkpoint.load_params(tmp_path / checkpoint.FOLDER / "1", "opt_state")[0]
+  moments = checkpoint_files.load_params(tmp_path / checkpoint_files.FOLDER / "1", "opt_state")[0]
   _assert_same_gradient(moments, states[1].opt_state)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tiny_run
-from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax.data import pipeline
 from videogpt_jax.data import store
 from videogpt_jax.data import video
@@ -158,7 +158,7 @@ def test_export_by_the_command_is_what_was_imported(published_folder, tmp_path):
     result = tiny_run.run("convert", f"--checkpoint={source}", f"--out={tmp_path / out}",
                           "--noposition")
     assert result.returncode == 0, result.stderr
-  ours = checkpoint.load_params(tmp_path / "checkpoint")[0]
+  ours = checkpoint_files.load_params(tmp_path / "checkpoint")[0]
   assert ours["embed_tokens"].shape[1] == ours["backbone"]["norm"]["weight"].size
   result = tiny_run.run("convert", f"--checkpoint={tmp_path / 'again'}",
                         f"--out={tmp_path / 'checkpoint'}")

@@ -8,7 +8,7 @@ import sys
 from flax import traverse_util
 import numpy as np
 
-from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax import config as config_lib
 from videogpt_jax import encode
 
@@ -95,7 +95,7 @@ def finished(folder, data):
 def saved_state(workdir):
   """Every array of the newest checkpoint, by its path in the train state."""
   names = ("step", "params", "ema", "opt_state", "bad_steps", "skipped", "typical_norm")
-  tree = {name: checkpoint.load_params(workdir, name)[0] for name in names}
+  tree = {name: checkpoint_files.load_params(workdir, name)[0] for name in names}
   return traverse_util.flatten_dict(tree, sep="/")
 
 

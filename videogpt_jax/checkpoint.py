@@ -1,27 +1,18 @@
 """Checkpoints: saved while training goes on, found again whole or not at all.
 
-A checkpoint is the folder WORKDIR/checkpoints/STEP, written by orbax under a temporary
-name and renamed when complete. It holds `state` (nested dicts of arrays), `extra` (JSON:
-configuration and data fingerprint) and `checksums.json`, by which a checkpoint damaged
-after it was written is told from a whole one before anything is restored from it.
+Orbax writes a checkpoint under a temporary name and renames it when it is complete. What it
+consists of, and how a damaged one is told from a whole one, is in `checkpoint_files`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
-import dataclasses
 import functools
-import json
-import logging as std_logging
-import os
 import pathlib
 import shutil
-import stat
 import time
-from typing import Any, Literal, NamedTuple, TypeVar
-import zlib
+from typing import Any
 
 from absl import logging
-from etils import epath
 from flax import serialization
 from flax import traverse_util
 import jax
@@ -30,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from videogpt_jax import backbone
+from videogpt_jax import checkpoint_files
 from videogpt_jax import distributed
 from videogpt_jax import errors
 from videogpt_jax import retention
@@ -37,22 +29,11 @@ from videogpt_jax.errors import InputError
 from videogpt_jax.errors import StorageError
 
 PyTree = Any
-T = TypeVar("T")
 
-FOLDER = "checkpoints"
-STATE = "state"
-EMA = "ema"  # entry of the state: parameters averaged over steps; some runs keep none
-PARAMS = "params"
-EXTRA = "extra"
-HELD_OUT = "held_out"  # in EXTRA: the held-out loss at the step, if it was measured
-_CHECKSUMS = "checksums.json"
-_ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _DAMAGED = "damaged-"
 _LATER = ("typical_norm",)  # entries of the state that older checkpoints lack; they start at zero
 _POLL_SECONDS = 0.01
-_READ_AGAIN = (0.5, 2.0, 8.0)  # seconds to wait before what could not be read is read again
 _SAVE_SECONDS = 6 * 3600  # that processes wait for each other while one of them writes and checks
-CHUNK_BYTES = 128 << 20  # of the stored arrays: a part of one can be read alone, and in parallel
 
 # Leaves of `config.model` that change how the model is computed, not what it is.
 _HOW_ONLY = {"model": set(backbone.NUMERICS), "codec": {"path", "moments", "precision", "tile"},
@@ -87,7 +68,7 @@ class Checkpoints:
     if save_every < 1 or failures < 0:
       raise InputError(f"checkpoint.every ({save_every}) must be at least 1, checkpoint.failures "
                        f"({failures}) at least 0")
-    self.directory = pathlib.Path(workdir).absolute() / FOLDER
+    self.directory = pathlib.Path(workdir).absolute() / checkpoint_files.FOLDER
     self._save_every = save_every
     self._failures, self._failed, self._retry_seconds = failures, 0, retry_seconds
     self._saving: int | None = None
@@ -101,7 +82,7 @@ class Checkpoints:
                            error) from error
 
   def _open_manager(self, keep: retention.Retention) -> "_Manager":
-    quiet_orbax()
+    checkpoint_files.quiet_orbax()
     options = ocp.CheckpointManagerOptions(
       preservation_policy=retention.Policy(keep, self._losses),
       cleanup_tmp_directories=True,
@@ -111,10 +92,10 @@ class Checkpoints:
     )
     return _Manager(
       self.directory,
-      item_names=(STATE, EXTRA),
+      item_names=(checkpoint_files.STATE, checkpoint_files.EXTRA),
       item_handlers={
-        STATE: ocp.StandardCheckpointHandler(),
-        EXTRA: ocp.JsonCheckpointHandler(),
+        checkpoint_files.STATE: ocp.StandardCheckpointHandler(),
+        checkpoint_files.EXTRA: ocp.JsonCheckpointHandler(),
       },
       options=options,
     )
@@ -158,13 +139,14 @@ class Checkpoints:
         seconds *= 2
 
   def _begin(self, step: int, state: PyTree, extra: Mapping[str, Any]) -> None:
-    self._saving, self._losses[step] = step, extra.get(HELD_OUT)
+    self._saving, self._losses[step] = step, extra.get(checkpoint_files.HELD_OUT)
     tree = serialization.to_state_dict(state)
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    save_args = ocp.SaveArgs(chunk_byte_size=checkpoint_files.CHUNK_BYTES)
+    chunks = jax.tree.map(lambda _: save_args, tree)
     args = ocp.args.Composite(
       **{
-        STATE: ocp.args.StandardSave(tree, save_args=chunks),
-        EXTRA: ocp.args.JsonSave(dict(extra)),
+        checkpoint_files.STATE: ocp.args.StandardSave(tree, save_args=chunks),
+        checkpoint_files.EXTRA: ocp.args.JsonSave(dict(extra)),
       }
     )
     with self._write_errors():
@@ -220,7 +202,7 @@ class Checkpoints:
     if self._latest is None:
       return None
     folder = self.directory / str(self._latest)
-    return _patiently(folder, functools.partial(read_extra, folder))
+    return _read_extra(folder)
 
   def restore(self, target: PyTree) -> tuple[int, PyTree] | None:
     """The newest whole checkpoint as (step, state), or None if there is none.
@@ -242,10 +224,11 @@ class Checkpoints:
       return None
     folder = self.directory / str(self._latest)
     wanted = jax.tree.map(_abstract, serialization.to_state_dict(target))
-    saved = saved_tree(folder)
-    fresh_ema = wanted.pop(EMA, None) if EMA not in saved else None
-    if EMA not in wanted:
-      saved.pop(EMA, None)
+    saved = checkpoint_files.saved_tree(folder)
+    ema = checkpoint_files.EMA
+    fresh_ema = wanted.pop(ema, None) if ema not in saved else None
+    if ema not in wanted:
+      saved.pop(ema, None)
     later = {name: wanted.pop(name) for name in _LATER if name in wanted and name not in saved}
     differences = _leaf_differences(wanted, saved)
     if differences:
@@ -255,15 +238,16 @@ class Checkpoints:
         + "\nuse the configuration it was saved with, or another workdir"
       )
     try:
-      restored = _restore(folder, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+      restored = checkpoint_files.restore(
+        folder, wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
     except (OSError, ValueError) as error:
-      if not (reason := system_failure(error)):
+      if not (reason := checkpoint_files.system_failure(error)):
         raise
       raise StorageError(f"cannot read {folder}: {reason}") from error
     for name, leaf in later.items():
       restored[name] = jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
     if fresh_ema is not None:
-      restored[EMA] = jax.tree.map(jnp.copy, restored[PARAMS])
+      restored[ema] = jax.tree.map(jnp.copy, restored[checkpoint_files.PARAMS])
     return self._latest, serialization.from_state_dict(target, restored)
 
   def _write_checksums(self) -> None:
@@ -272,7 +256,7 @@ class Checkpoints:
       return
     final = self.directory / str(self._saving)
     temporary = sorted(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
-    seal(temporary[-1] if temporary else final)
+    checkpoint_files.seal(temporary[-1] if temporary else final)
 
   @contextlib.contextmanager
   def _write_errors(self) -> Iterator[None]:
@@ -280,7 +264,7 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError) as error:
-      reason = system_failure(error)
+      reason = checkpoint_files.system_failure(error)
       if not reason:
         raise
       failed, self._saving = self._saving, None
@@ -363,131 +347,18 @@ def compare(now: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
   return differences
 
 
-def load_params(
-  path: str | pathlib.Path, which: Literal["ema", "params"] = "ema"
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Parameters for prediction, without knowing the model beforehand.
-
-  Changes nothing on disk, so a run that still trains may be read.
-
-  Args:
-    path: a workdir (its newest whole checkpoint is read) or the folder of one checkpoint.
-    which: the entry of the saved state to read; where no EMA was kept, that is the parameters.
-
-  Returns:
-    (nested dict of numpy arrays, configuration as a nested dict).
-
-  Raises:
-    InputError: no checkpoint there, none whole, or no such entry in it.
-  """
-  folder, entry, tree = _entry(path, which)
-  return _restore(folder, {entry: tree})[entry], read_extra(folder)["config"]
-
-
-def _entry(path: str | pathlib.Path, which: str) -> tuple[pathlib.Path, str, Any]:
-  """The folder of the checkpoint that `path` means, and of one entry of its state name and tree."""
-  folder = find(pathlib.Path(path).absolute())
-  tree = saved_tree(folder)
-  if which == EMA and EMA not in tree:
-    which = PARAMS
-  if which not in tree:
-    raise InputError(f"{folder} holds no {which!r}, only {', '.join(sorted(tree))}")
-  return folder, which, tree[which]
-
-
-def _restore(folder: pathlib.Path, wanted: dict[str, Any], how: Any = None) -> dict[str, Any]:
-  """The part of the saved state that the tree `wanted` names; by default as numpy arrays."""
-  numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-  return ocp.PyTreeCheckpointHandler().restore(
-    epath.Path(folder / STATE),
-    args=ocp.args.PyTreeRestore(item=wanted, restore_args=how or numpy, partial_restore=True),
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedLeaf:
-  """A parameter in a checkpoint, not read yet."""
-
-  folder: pathlib.Path
-  keys: tuple[str, ...]
-  shape: tuple[int, ...]
-  dtype: np.dtype
-
-  def read(self, dtype: Any = None) -> np.ndarray:
-    """The parameter, as stored or in another type."""
-    wanted = jax.ShapeDtypeStruct(self.shape, self.dtype)
-    restored = _restore(self.folder, traverse_util.unflatten_dict({self.keys: wanted}))
-    return traverse_util.flatten_dict(restored)[self.keys].astype(dtype or self.dtype, copy=False)
-
-
-class SavedParams(NamedTuple):
-  """Parameters in a checkpoint by path `a/b/c`, and what was saved beside them.
-
-  That is the configuration and, if they are adapters, a record of their base.
-  """
-
-  leaves: dict[str, SavedLeaf]
-  config: dict[str, Any]
-  base: dict[str, Any] | None
-
-
-def open_params(
-  path: str | pathlib.Path, which: Literal["ema", "params"] = "ema"
-) -> SavedParams:
-  """As `load_params`, without reading the parameters. Raises `InputError` as it does."""
-  folder, entry, tree = _entry(path, which)
-  leaves = {name: SavedLeaf(folder, (entry, *name.split("/")), leaf.shape, np.dtype(leaf.dtype))
-            for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
-  extra = read_extra(folder)
-  return SavedParams(leaves, extra["config"], extra.get("base"))
-
-
-def seal(folder: pathlib.Path) -> None:
-  """Writes the checksums of all files of a checkpoint, without which it does not count."""
-  sums = {}
-  for item in (STATE, EXTRA):
-    for path in sorted((folder / item).rglob("*")):
-      if path.is_file():
-        sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc32(path)]
-  (folder / _CHECKSUMS).write_text(json.dumps(sums))
-
-
-def find(path: pathlib.Path) -> pathlib.Path:
-  """The folder of the checkpoint that `path` means; see `load_params`."""
-  if (path / _CHECKSUMS).is_file():
-    reason = _damage(path)
-    if reason:
-      raise InputError(f"the checkpoint {path} is damaged: {reason}")
-    return path
-  directory = path / FOLDER
-  if not directory.is_dir():
-    raise InputError(f"no checkpoint in {path}: expected a workdir with a folder {FOLDER!r} in it "
-                     "(or, for weights under the published names, config.json)")
-  for step in _steps(directory):
-    reason = _damage(directory / str(step))
-    if not reason:
-      return directory / str(step)
-    logging.warning("checkpoint %s is skipped: %s", directory / str(step), reason)
-  raise InputError(f"no whole checkpoint in {directory} yet")
-
-
-def _steps(directory: pathlib.Path) -> list[int]:
-  """Steps of the finished checkpoints, newest first."""
-  def read() -> list[str]:
-    with os.scandir(directory) as entries:  # which raises where pathlib takes errors for "no"
-      return [entry.name for entry in entries if entry.is_dir()]
-
-  names = _patiently(directory, read)
-  return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+def _read_extra(folder: pathlib.Path) -> dict[str, Any]:
+  return checkpoint_files.patiently(
+    folder, functools.partial(checkpoint_files.read_extra, folder))
 
 
 def _held_out_losses(directory: pathlib.Path) -> dict[int, float | None]:
   """The held-out losses at the steps of the finished checkpoints, as far as they are known."""
   losses: dict[int, float | None] = {}
-  for step in _steps(directory):
+  for step in checkpoint_files.steps(directory):
     folder = directory / str(step)
     try:
-      losses[step] = _patiently(folder, functools.partial(read_extra, folder)).get(HELD_OUT)
+      losses[step] = _read_extra(folder).get(checkpoint_files.HELD_OUT)
     except InputError:  # nor is it known then whether it is one of the best, which stay
       raise
     except (OSError, ValueError):  # an old one that is damaged, or that another process deletes
@@ -503,8 +374,8 @@ def _set_aside_damaged(directory: pathlib.Path) -> int | None:
   """
   damaged: dict[int, str] = {}
   latest = None
-  for step in _steps(directory):
-    reason = _damage(directory / str(step))
+  for step in checkpoint_files.steps(directory):
+    reason = checkpoint_files.damage(directory / str(step))
     if not reason:
       latest = step
       break
@@ -522,107 +393,12 @@ def _set_aside_damaged(directory: pathlib.Path) -> int | None:
     aside = directory / f"{_DAMAGED}{step}"
     shutil.rmtree(aside, ignore_errors=True)
     (directory / str(step)).rename(aside)
-  for step in _steps(directory):
-    if not _has_all_files(directory / str(step)):
+  for step in checkpoint_files.steps(directory):
+    if not checkpoint_files.has_all_files(directory / str(step)):
       logging.warning("deletes what is left of the checkpoint of step %d: files of it are missing",
                       step)
       shutil.rmtree(directory / str(step), ignore_errors=True)
   return latest
-
-
-def _has_all_files(folder: pathlib.Path) -> bool:
-  """Whether nothing of a checkpoint has been deleted; a look at names alone.
-
-  Raises `StorageError` where the system does not answer: then nothing is known.
-  """
-  try:
-    sums = json.loads(_text(folder / _CHECKSUMS))
-  except InputError:
-    raise
-  except (*_MISSING, ValueError):
-    return False
-  return all(_size(folder / name) is not None for name in (_ORBAX_METADATA, *sums))
-
-
-def _damage(folder: pathlib.Path) -> str:
-  """Why the checkpoint in `folder` is not whole; empty if it is. Reads every byte.
-
-  Raises `StorageError` where the system does not answer: that is no damage.
-  """
-  try:
-    sums = json.loads(_text(folder / _CHECKSUMS))
-    json.loads(_text(folder / _ORBAX_METADATA))
-  except InputError:
-    raise
-  except _MISSING as error:
-    return f"{pathlib.Path(error.filename).name} is missing"
-  except ValueError as error:
-    return f"its metadata cannot be read: {error}"
-  for name, (size, crc) in sums.items():
-    path = folder / name
-    found = _size(path)
-    if found is None:
-      return f"{name} is missing"
-    if found != size:
-      return f"{name} has {found} bytes, not {size}"
-    if _patiently(path, functools.partial(_crc32, path)) != crc:
-      return f"{name} is not what was written"
-  return ""
-
-
-_MISSING = (FileNotFoundError, NotADirectoryError)
-
-
-def _patiently(path: pathlib.Path, read: Callable[[], T]) -> T:
-  """What `read` makes of a path. What the system refuses is tried again a few times.
-
-  Raises:
-    FileNotFoundError, NotADirectoryError: it is not there, which is an answer.
-    InputError, StorageError: the system refuses again and again, see `errors.refused`.
-  """
-  for seconds in (*_READ_AGAIN, None):
-    try:
-      return read()
-    except _MISSING:
-      raise
-    except OSError as error:
-      if seconds is None:
-        raise errors.refused(f"cannot read {path}: {error.strerror or error}", error) from error
-      logging.warning("cannot read %s: %s; tries again in %g s", path, error.strerror or error,
-                      seconds)
-      time.sleep(seconds)
-  raise AssertionError
-
-
-def _text(path: pathlib.Path) -> str:
-  return _patiently(path, path.read_text)
-
-
-def _size(path: pathlib.Path) -> int | None:
-  """Bytes of a file; None if there is none."""
-  try:
-    status = _patiently(path, path.stat)
-  except _MISSING:
-    return None
-  return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def _crc32(path: pathlib.Path) -> int:
-  value = 0
-  with path.open("rb") as file:
-    while chunk := file.read(1 << 20):
-      value = zlib.crc32(chunk, value)
-  return value
-
-
-def read_extra(folder: pathlib.Path) -> dict[str, Any]:
-  """What a checkpoint holds beside the state, as it was given when it was saved."""
-  return ocp.JsonCheckpointHandler().restore(epath.Path(folder / EXTRA))
-
-
-def saved_tree(folder: pathlib.Path) -> dict[str, Any]:
-  """The saved state's tree; every leaf has the `shape` and `dtype` of the array."""
-  return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder / STATE)).tree
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -662,28 +438,3 @@ def _plain(value: Any) -> Any:
 def _first(lines: list[str], count: int = 8) -> list[str]:
   more = len(lines) - count
   return lines if more <= 0 else [*lines[:count], f"... and {more} more"]
-
-
-def system_failure(error: Exception) -> str:
-  """What the system refused while orbax wrote or read, in its words; empty for any other error.
-
-  tensorstore reports it as a ValueError with the code in it, behind a chain of layers.
-  """
-  if isinstance(error, OSError):
-    return str(error)
-  return str(error).rsplit(": ", 1)[-1] if "os_error_code=" in str(error) else ""
-
-
-def quiet_orbax() -> None:
-  """Orbax logs a failed save four times, with tracebacks, and then raises it to us as well.
-
-  And it warns of every save that waits for the one before; the log of the run has that time.
-  """
-  std_logging.getLogger("absl").addFilter(_worth_telling)
-
-
-def _worth_telling(record: std_logging.LogRecord) -> bool:
-  if "orbax" not in record.pathname:
-    return True
-  waits = record.getMessage().startswith("Waiting for previous save")
-  return record.levelno < std_logging.ERROR and not waits

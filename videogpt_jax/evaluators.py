@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from videogpt_jax import base as base_lib
-from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax import distributed
 from videogpt_jax import held_out
 from videogpt_jax import step as step_lib
@@ -52,7 +52,7 @@ class Run:
     measured, loss = self.held_out
     base = {} if self.base is None else {"base": self.base.record()}
     return {"config": self.config.to_dict(), "fingerprint": self.source.fingerprint,
-            checkpoint.HELD_OUT: loss if measured == step else None, **base}
+            checkpoint_files.HELD_OUT: loss if measured == step else None, **base}
 
 
 @dataclasses.dataclass(frozen=True)

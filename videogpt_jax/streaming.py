@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from videogpt_jax import checkpoint
+from videogpt_jax import checkpoint_files
 from videogpt_jax.errors import InputError
 
 
@@ -61,26 +61,26 @@ def write(path: str | pathlib.Path, leaves: Mapping[str, Leaf], config: dict[str
   save_args = traverse_util.unflatten_dict(
     {("ema", *name.split("/")): _layout(leaf) for name, leaf in leaves.items()})
   handler = ocp.CompositeCheckpointHandler(**{
-    checkpoint.STATE: ocp.PyTreeCheckpointHandler(
+    checkpoint_files.STATE: ocp.PyTreeCheckpointHandler(
       type_handler_registry=ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # orbax warns where there is none
         (_Lazy, _LazyHandler(deepcopy_host_arrays=False)))),
-    checkpoint.EXTRA: ocp.JsonCheckpointHandler(),
+    checkpoint_files.EXTRA: ocp.JsonCheckpointHandler(),
   })
-  checkpoint.quiet_orbax()
+  checkpoint_files.quiet_orbax()
   try:
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
       whole = pathlib.Path(folder) / "checkpoint"
       with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(whole, ocp.args.Composite(**{
-          checkpoint.STATE: ocp.args.PyTreeSave(tree, save_args=save_args),
-          checkpoint.EXTRA: ocp.args.JsonSave({"config": config}),
+          checkpoint_files.STATE: ocp.args.PyTreeSave(tree, save_args=save_args),
+          checkpoint_files.EXTRA: ocp.args.JsonSave({"config": config}),
         }))
-      checkpoint.seal(whole)
+      checkpoint_files.seal(whole)
       os.replace(whole, final)
   except (OSError, ValueError) as error:
-    reason = checkpoint.system_failure(error)
+    reason = checkpoint_files.system_failure(error)
     if not reason:
       raise
     raise InputError(f"cannot write the checkpoint {path}: {reason}") from error
@@ -89,7 +89,7 @@ def write(path: str | pathlib.Path, leaves: Mapping[str, Leaf], config: dict[str
 def _layout(leaf: Leaf) -> ocp.SaveArgs:
   """Chunks that no two pieces share, so that each is written once and alone."""
   axes = (0,) if leaf.stacked else ()
-  return ocp.SaveArgs(chunk_byte_size=checkpoint.CHUNK_BYTES, shard_axes=axes)
+  return ocp.SaveArgs(chunk_byte_size=checkpoint_files.CHUNK_BYTES, shard_axes=axes)
 
 
 class _Lazy:

@@ -224,10 +224,10 @@ def open_source(path: str = "", special_ids: Mapping[str, int] | None = None) ->
     return Source(path, found.model, found.leaves, config)
   if not os.path.isdir(path):
     raise InputError(f"no weights at {path}: expected a training workdir or a weights folder")
-  from videogpt_jax import checkpoint  # local, both: they need packages that folders do not
+  from videogpt_jax import checkpoint_files  # local, both: they need packages that folders do not
   from videogpt_jax import config as config_lib
 
-  saved = checkpoint.open_params(path)
+  saved = checkpoint_files.open_params(path)
   config = config_lib.from_saved(saved.config)
   usual = {name: getattr(backbone.Config, name) for name in backbone.NUMERICS}
   model = config_lib.model(config)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+import processes
 import tiny_run
 from videogpt_jax import weights as weights_lib
 from videogpt_jax.data import load
@@ -19,6 +20,7 @@ from videogpt_jax.data import video
 from videogpt_jax.data import windows
 from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import fvd as evaluation
+from videogpt_jax.evaluation import fvd_report
 from videogpt_jax.evaluation import report as report_lib
 from videogpt_jax.metrics import frames as frame_metrics
 from videogpt_jax.metrics import frechet
@@ -205,7 +207,7 @@ def test_fvd_published_distances_stand_beside_those_of_their_protocol_alone(chan
   options = evaluation.Options(**{"protocol": "kinetics600_5k", "videos_dir": "real", **changes})
   protocol = evaluation.resolve(options, None)
   assert name.startswith(protocol.name)
-  found, published = evaluation._published(options, protocol)
+  found, published = fvd_report.published(protocol, evaluation.changed(options))
   assert found == name
   assert [x.model for x in published] == (
     ["MAGVIT-L", "Video-GPT"] if name == "kinetics600_5k" else [])
@@ -288,6 +290,9 @@ def test_fvd_compares_predicted_frames_by_lpips(tmp_path, cheap, monkeypatch):
   pathlib.Path(paths[1]).write_bytes(b"others")
   with pytest.raises(InputError, match="another evaluation: compared"):
     evaluation.run(Copying(48, 48), tmp_path / "out", options)
+  with pytest.raises(InputError, match="LPIPS needs frames of at least 32 px a side, got 16x48"):
+    evaluation.run(Copying(16, 48), tmp_path / "new", options)
+  assert not (tmp_path / "new").exists()  # before anything is computed
 
 
 def test_fvd_compares_every_model_with_the_same_sharp_truth(tmp_path, cheap):
@@ -338,6 +343,55 @@ def test_fvd_sees_that_listed_videos_are_others_now(tmp_path, cheap):
   (tmp_path / "made" / "2.mp4").unlink()
   with pytest.raises(InputError, match=r"cannot be used, such as made/2\.mp4: missing"):
     evaluation.run(None, tmp_path / "out", options)
+
+
+_WORKER = """
+import functools, json, pathlib, sys, types
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+from videogpt_jax import codec, distributed, rollout, sharding, weights
+from videogpt_jax.evaluation import fvd as evaluation
+from videogpt_jax.metrics import fvd, i3d
+distributed.define_flags()
+flags.FLAGS(["worker"] + sys.argv[3:])
+distributed.obey_flags()
+
+def clips(model, params, history, *, num_frames, rng, **rest):
+  drift = jnp.cumsum(jax.random.uniform(rng, (num_frames,)))[:, None, None, None] / num_frames
+  yield history[:, -1:] * (1 - drift) + history[:, :1] * drift
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def features(params, videos, layer, resize):
+  x = fvd.preprocess(videos, resize)[:, :, ::16, ::16].reshape(len(videos), -1)
+  return x @ jax.random.normal(jax.random.key(0), (x.shape[1], i3d.FEATURES[layer]))
+
+rollout.clips, fvd._features, i3d.load = clips, features, lambda path, sha256: {}
+blocks = codec.Pixels(4)
+model = types.SimpleNamespace(patch_size=1, backbone=types.SimpleNamespace(dtype=np.float32))
+config = {"sample": {"clip_frames": 5, "history": 4, "window": 0, "steps": 1}, "codec":
+          blocks.spec(), "data": {"source": "videos", "frames": 9, "height": 24, "width": 32}}
+own = weights.Weights(model, {"x": jnp.ones(2)}, blocks, config, "drift",
+                      sharding.prediction_mesh(2, 2, 2, jax.local_devices()))
+report = evaluation.run(own, pathlib.Path(sys.argv[2]), evaluation.Options(
+  videos_dir=sys.argv[1], frames=9, batch_size=2, processes=1, seeds=(0, 1)))
+told = {"summary": report.summary, "tables": [table.rows for table in report.tables]}
+pathlib.Path(f"{sys.argv[2]}_{jax.process_index()}.json").write_text(json.dumps(told))
+"""
+
+
+def test_fvd_by_two_processes_of_two_devices_is_that_of_one(tmp_path):
+  """Of five batches one process predicts three, the other two; each from its own videos."""
+  real = _write(tmp_path / "real", _videos(9))
+  started = {count: processes.start(["-c", _WORKER, real, tmp_path / str(count)], count, 2)
+             for count in (1, 2)}
+  said = {count: processes.finish(workers) for count, workers in started.items()}
+  assert "5/5 seed_0 videos" in said[2][0] and "9/9 seed_0 videos" in said[1][0]
+  found = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1")]
+  assert found[0] == found[1] == found[2]
+  by_set = found[0]["summary"]["fvd_by_set"]
+  assert by_set["seed_0"] != by_set["seed_1"]
 
 
 def test_fvd_command_says_what_is_missing(tmp_path):

@@ -102,5 +102,5 @@ def test_lpips_of_predicted_worlds(tmp_path):
   np.testing.assert_allclose(found.by_frame("model", "lpips"), expected.mean(0), rtol=1e-5)
   np.testing.assert_array_equal(found.scores["copy_last"].lpips, found.scores["model"].lpips)
   assert found.summary()["lpips"]["constant_velocity"]
-  with pytest.raises(InputError, match="at least 32 px a side; those of this world have 16"):
+  with pytest.raises(InputError, match="at least 32 px a side, got 16x16"):
     benchmark.measure(copy, world.Settings(size=16), 4, tmp_path, options, {})

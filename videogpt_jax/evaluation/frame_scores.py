@@ -15,22 +15,7 @@ from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import report as report_lib
 from videogpt_jax.metrics import frames as frame_metrics
 from videogpt_jax.metrics import lpips as lpips_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-  """A measure of frames: a short name, and a title with units and what is better."""
-
-  name: str
-  title: str
-
-
-METRICS = {
-  "mse": Metric("MSE", "MSE of pixels / 255 (lower is better)"),
-  "psnr": Metric("PSNR", "PSNR in dB (higher is better)"),
-  "ssim": Metric("SSIM", "SSIM (higher is better)"),
-  "lpips": Metric("LPIPS", "LPIPS (lower is better)"),
-}
+from videogpt_jax.metrics.frames import LABELS
 
 
 class Comparison:
@@ -50,8 +35,14 @@ class Comparison:
       InputError: see `lpips.Lpips`.
     """
     self._lpips = lpips_lib.Lpips(*lpips) if lpips else None
-    self.identity: dict[str, Any] = {"metrics": list(METRICS)[:4 if lpips else 3],
+    metrics = [key for key in LABELS if lpips or key != "lpips"]
+    self.identity: dict[str, Any] = {"metrics": metrics,
                                      "lpips": [_digest(path) for path in lpips]}
+
+  def check(self, size: tuple[int, int]) -> None:
+    """Raises `InputError` if frames of a height and width, px, are too small for LPIPS."""
+    if self._lpips is not None:
+      lpips_lib.check(size)
 
   def __call__(self, predicted: UInt8[np.ndarray, "B G H W 3"],
                truth: UInt8[np.ndarray, "B G H W 3"]) -> dict[str, Float[np.ndarray, "B G"]]:
@@ -97,20 +88,20 @@ def merge(parts: Iterable[Mapping[str, Any]], shown: int) -> Means:
   by_video: dict[int, dict[str, float]] = {}
   for part in parts:
     videos += len(part["rows"])
-    for key in METRICS.keys() & part.keys():
+    for key in LABELS.keys() & part.keys():
       values = np.asarray(part[key], np.float64)
       totals[key] = totals.get(key, 0.0) + values.sum(axis=0)
       for row, of_video in zip(part["rows"], values, strict=True):
         if row < shown:
           by_video.setdefault(row, {})[key] = float(of_video.mean())
-  return Means(videos, {key: totals[key] / videos for key in METRICS if key in totals}, by_video)
+  return Means(videos, {key: totals[key] / videos for key in LABELS if key in totals}, by_video)
 
 
 def of_video(found: Mapping[str, Means], row: int) -> dict[str, float]:
   """By the metrics' names, means over sets, of a video that was kept."""
   kept = [means.by_video[row] for means in found.values() if row in means.by_video]
-  return {METRICS[key].name: float(np.mean([values[key] for values in kept]))
-          for key in METRICS if kept and key in kept[0]}
+  return {LABELS[key].name: float(np.mean([values[key] for values in kept]))
+          for key in LABELS if kept and key in kept[0]}
 
 
 def tables(found: Mapping[str, Means], note: str) -> list[report_lib.Table]:
@@ -122,12 +113,12 @@ def tables(found: Mapping[str, Means], note: str) -> list[report_lib.Table]:
   whole = {name: [float(means.by_frame[key].mean()) for key in keys]
            for name, means in found.items()}
   made = [report_lib.Table(
-    "Predicted frames against the true ones, means", ["set", *(METRICS[key].name for key in keys)],
+    "Predicted frames against the true ones, means", ["set", *(LABELS[key].name for key in keys)],
     [[name, *values] for name, values in whole.items()], note)]
   for i, key in enumerate(keys):
     by_frame = np.stack([means.by_frame[key] for means in found.values()], axis=1).tolist()
     made.append(report_lib.Table(
-      f"{METRICS[key].title}, by predicted frame", ["frame", *found],
+      f"{LABELS[key].title}, by predicted frame", ["frame", *found],
       [*([str(frame), *values] for frame, values in enumerate(by_frame, 1)),
        ["mean", *(values[i] for values in whole.values())]]))
   return made
@@ -136,9 +127,9 @@ def tables(found: Mapping[str, Means], note: str) -> list[report_lib.Table]:
 def plots(found: Mapping[str, Means]) -> list[report_lib.Plot]:
   """By metric, a curve of every set over the predicted frames."""
   return [report_lib.Plot(
-    f"{METRICS[key].title}, by predicted frame", list(range(1, len(values) + 1)),
+    f"{LABELS[key].title}, by predicted frame", list(range(1, len(values) + 1)),
     {name: means.by_frame[key].tolist() for name, means in found.items()}, "predicted frame",
-    METRICS[key].name) for key, values in next(iter(found.values())).by_frame.items()]
+    LABELS[key].name) for key, values in next(iter(found.values())).by_frame.items()]
 
 
 def _digest(path: str) -> str:

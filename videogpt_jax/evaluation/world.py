@@ -150,9 +150,8 @@ def measure(predict: Predict, settings: world.Settings, history: int, out: pathl
   if min(sizes) < 1:
     raise InputError("videos, samples, batch_size and fit_videos must be at least 1, got "
                      + ", ".join(map(str, sizes)))
-  if options.lpips and settings.size < lpips_lib.SMALLEST:
-    raise InputError(f"LPIPS needs frames of at least {lpips_lib.SMALLEST} px a side; those of "
-                     f"this world have {settings.size}")
+  if options.lpips:
+    lpips_lib.check((settings.size, settings.size))
   # The seed of a batch's noise, and so its result, depends on where it starts.
   starts = {f"{start:05d}": start for start in range(0, options.videos, options.batch_size)}
   ledger = ledger_lib.Ledger(out, {

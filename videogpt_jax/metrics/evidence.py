@@ -79,10 +79,10 @@ def _drift(energy: np.ndarray, truth: np.ndarray, followed: np.ndarray, axis: in
 
 
 METRICS = {
-  "mse": Metric("MSE", "MSE of pixels / 255 (lower is better)", ("mse",), objects.mean),
-  "psnr": Metric("PSNR", "PSNR in dB (higher is better)", ("psnr",), objects.mean, np.negative),
-  "ssim": Metric("SSIM", "SSIM (higher is better)", ("ssim",), objects.mean, np.negative),
-  "lpips": Metric("LPIPS", "LPIPS (lower is better)", ("lpips",), objects.mean),
+  "mse": Metric(*frame_metrics.LABELS["mse"], ("mse",), objects.mean),
+  "psnr": Metric(*frame_metrics.LABELS["psnr"], ("psnr",), objects.mean, np.negative),
+  "ssim": Metric(*frame_metrics.LABELS["ssim"], ("ssim",), objects.mean, np.negative),
+  "lpips": Metric(*frame_metrics.LABELS["lpips"], ("lpips",), objects.mean),
   "position": Metric(
     "position", f"Position error of objects in px, a lost one counts {detector.LOST:g} (lower is "
     "better)", ("position",), objects.mean),

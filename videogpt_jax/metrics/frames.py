@@ -7,6 +7,7 @@ biased covariance, per channel, border cropped) as computed by scikit-image.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from jaxtyping import Float, UInt8
 import numpy as np
@@ -15,6 +16,21 @@ from videogpt_jax.errors import InputError
 
 EQUAL_PSNR = 100.0  # dB that equal frames count in means, which their infinite PSNR would swallow
 SSIM_WINDOW = 11  # px, the least side of frames that have one
+
+
+class Label(NamedTuple):
+  """What a measure of frames is called: briefly, and with its units and what is better."""
+
+  name: str
+  title: str
+
+
+LABELS = {
+  "mse": Label("MSE", "MSE of pixels / 255 (lower is better)"),
+  "psnr": Label("PSNR", "PSNR in dB (higher is better)"),
+  "ssim": Label("SSIM", "SSIM (higher is better)"),
+  "lpips": Label("LPIPS", "LPIPS (lower is better)"),  # see `metrics.lpips`
+}
 
 
 def mse(

@@ -31,6 +31,7 @@ from videogpt_jax.metrics import i3d
 
 RESIZES = ("tensorflow", "half_pixel")
 FIRST, RANDOM = "first", "random"
+OWN = "own"  # the protocol of a model's own training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,13 @@ class Protocol:
   interval: int
   known_from: str
   unknown: str = ""
+
+  def named(self, changed: Mapping[str, Any]) -> str:
+    """The name, with what has been changed of the protocol or of how it is followed."""
+    if not changed:
+      return self.name
+    so_far = f"{self.name}, " if ", changed: " in self.name else f"{self.name}, changed: "
+    return so_far + ", ".join(f"{key}={value}" for key, value in changed.items())
 
 
 _PAPER = "unknown of the paper's protocol (arXiv 2505.12489): "

@@ -95,14 +95,19 @@ class Lpips:
         {predicted.dtype, truth.dtype} != {np.dtype(np.uint8)}):
       raise InputError(f"LPIPS compares uint8 RGB frames of one shape, got {predicted.dtype} "
                        f"{predicted.shape} and {truth.dtype} {truth.shape}")
-    if min(truth.shape[-3:-1]) < SMALLEST:
-      raise InputError(f"LPIPS needs frames of at least {SMALLEST} px a side, got "
-                       f"{truth.shape[-3]}x{truth.shape[-2]}")
+    check(truth.shape[-3:-1])
     frame = truth.shape[-3:]
     x, y = predicted.reshape(-1, *frame), truth.reshape(-1, *frame)
     found = [np.asarray(_distance(self._params, x[i:i + _BATCH], y[i:i + _BATCH], self._network))
              for i in range(0, len(x), _BATCH)]
     return np.concatenate([*found, np.zeros(0, np.float32)]).reshape(truth.shape[:-3])
+
+
+def check(size: tuple[int, ...]) -> None:
+  """Raises `InputError` if frames of a height and width, px, are too small."""
+  if min(size) < SMALLEST:
+    raise InputError(f"LPIPS needs frames of at least {SMALLEST} px a side, got "
+                     f"{size[0]}x{size[1]}")
 
 
 @functools.partial(jax.jit, static_argnums=3)
