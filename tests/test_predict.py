@@ -327,12 +327,18 @@ def test_an_interrupted_prediction_goes_on_as_if_nothing_had_happened(
   handler = signal.signal(signal.SIGINT, signal.default_int_handler)
   with monkeypatch.context() as patch:
     patch.setattr(results.Progress, "clip", interrupted)
+    (tmp_path / "broken").mkdir()
+    for name in ("prediction.json", "prediction_2.mp4", "side_by_side.gif", "mine.mp4"):
+      (tmp_path / "broken" / name).touch()  # of another prediction, whose videos go
     with pytest.raises(KeyboardInterrupt):
       predict.predict(weights, _given(), request, tmp_path / "broken")
   signal.signal(signal.SIGINT, handler)
   part = video.read(tmp_path / "broken" / "prediction.mp4").frames
   assert len(part) == 2 + 2 * 2  # shown are the clips before the interrupt, kept one more
-  assert not (tmp_path / "broken" / "prediction.json").exists()
+  assert sorted(path.name for path in (tmp_path / "broken").iterdir() if path.is_file()) == [
+    "contact_sheet.png", "mine.mp4", "prediction.mp4", "prediction_1.mp4", "side_by_side.gif",
+    "side_by_side.mp4"]
+  assert (tmp_path / "broken" / "side_by_side.gif").stat().st_size
   with pytest.raises(InputError, match=r"other settings: seed 3 \(now 4\).*--restart"):
     predict.predict(weights, _given(), _request(window=request.window, seed=4),
                     tmp_path / "broken")

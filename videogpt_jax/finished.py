@@ -7,6 +7,7 @@ A file appears whole or not at all. The folder is removed when the prediction is
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from videogpt_jax import errors
 from videogpt_jax.errors import InputError
 
 
@@ -43,7 +45,8 @@ class Clips(Sequence[np.ndarray]):
       self._check(wanted)
       self._count = next(i for i in itertools.count() if not self._path(i).exists())
     except OSError as error:
-      raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+      raise errors.refused(f"cannot write to {folder}: {error.strerror or error}",
+                           error) from error
 
   def __len__(self) -> int:
     return self._count
@@ -94,6 +97,7 @@ class Clips(Sequence[np.ndarray]):
         os.fsync(file.fileno())
       os.replace(temporary, path)
     except OSError as error:
-      temporary.unlink(missing_ok=True)
-      raise InputError(f"cannot write to {self._folder}: {error.strerror or error}; the clips "
-                       "finished so far are safe") from error
+      with contextlib.suppress(OSError):  # as unreachable as the file
+        temporary.unlink(missing_ok=True)
+      raise errors.refused(f"cannot write to {self._folder}: {error.strerror or error}; the clips "
+                           "finished so far are safe", error) from error

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import numpy as safetensors
 from safetensors import SafetensorError
 
+from videogpt_jax import errors
 from videogpt_jax import model
 from videogpt_jax import phi3
 from videogpt_jax import published
@@ -203,7 +204,10 @@ def save(path: str, read: Callable[[str], np.ndarray], config: model.Config,
           opened.write("\n")
       _replace(path, partial, [*files, *reversed(texts)])
   except (OSError, SafetensorError) as error:
-    raise InputError(f"cannot write weights to {path}: {error}") from error
+    message = f"cannot write weights to {path}: {error}"
+    if isinstance(error, OSError):
+      raise errors.refused(message, error) from error
+    raise InputError(message) from error
 
 
 def _split(sizes: dict[str, int], most: int) -> list[list[str]]:

@@ -130,10 +130,7 @@ def _out(data: epath.Path, out: str | os.PathLike[str]) -> pathlib.Path:
   if folder.resolve().is_relative_to(here):
     raise InputError(f"--out={folder} lies in the data set, which is left as it is; choose "
                      "another folder")
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"cannot write to --out={folder}: {error.strerror or error}") from error
+  files.make_folder(folder)
   return folder
 
 

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from videogpt_jax import cli
+from videogpt_jax import files
 from videogpt_jax import finished
 from videogpt_jax import machine
 from videogpt_jax import results as results_lib
@@ -175,10 +176,7 @@ def main() -> None:
       raise InputError(f"--{name} must be positive, got {value}")
   found = given_lib.find(f.video) if f.video else [pathlib.Path()]
   outs = given_lib.folders(f.out, found)
-  try:
-    os.makedirs(f.out, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"cannot write to --out={f.out}: {error}") from error
+  files.make_folder(f.out)
   default_history = source.config["sample"]["history"]
 
   def read(path: pathlib.Path) -> given_lib.Given:

@@ -14,6 +14,7 @@ from videogpt_jax import telemetry
 from videogpt_jax.data import given as given_lib
 from videogpt_jax.data import video
 
+_REPORT = "prediction.json"
 _GIF_FRAMES = 256  # longer videos get no GIF
 _SHEET_FRAMES = 12
 _SHOWN = 128  # px, height to which small frames are enlarged where they stand side by side
@@ -28,6 +29,7 @@ class Results:
     self._total = given.history + frames
     self._done = 0
     self.paths: list[pathlib.Path] = []
+    self._remove_older()
     names = ["prediction.mp4", *(f"prediction_{i}.mp4" for i in range(1, samples))]
     self._videos = [self._open(name) for name in names]
     self._beside = self._open("side_by_side.mp4")
@@ -36,6 +38,12 @@ class Results:
     self._sheet.add(given.history - 1)  # the last frame before the future begins
     self._kept: list[tuple[int, list[np.ndarray]]] = []
     self.append(np.repeat(given.frames[None, :given.history], samples, axis=0))
+
+  def _remove_older(self) -> None:
+    """What a finished prediction left and this one may not replace, or not before its end."""
+    for pattern in (_REPORT, "side_by_side.gif", "contact_sheet.png", "prediction_[0-9]*.mp4"):
+      for path in self._out.glob(pattern):
+        path.unlink()
 
   def append(self, frames: UInt8[np.ndarray, "B n H W 3"]) -> None:
     """The next frames of every sample, all given or all predicted."""
@@ -69,7 +77,7 @@ class Results:
 
   def write_report(self, report: Mapping[str, Any]) -> None:
     """Writes prediction.json."""
-    self.paths.append(self._out / "prediction.json")
+    self.paths.append(self._out / _REPORT)
     files.write_json(self.paths[-1], report)
 
   def _open(self, name: str) -> video.Mp4Writer:

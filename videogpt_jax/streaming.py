@@ -18,7 +18,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from videogpt_jax import checkpoint_files
+from videogpt_jax import errors
 from videogpt_jax.errors import InputError
+from videogpt_jax.errors import StorageError
 
 
 class Leaf(Protocol):
@@ -83,7 +85,10 @@ def write(path: str | pathlib.Path, leaves: Mapping[str, Leaf], config: dict[str
     reason = checkpoint_files.system_failure(error)
     if not reason:
       raise
-    raise InputError(f"cannot write the checkpoint {path}: {reason}") from error
+    message = f"cannot write the checkpoint {path}: {reason}"
+    if isinstance(error, OSError):
+      raise errors.refused(message, error) from error
+    raise StorageError(message) from error
 
 
 def _layout(leaf: Leaf) -> ocp.SaveArgs:

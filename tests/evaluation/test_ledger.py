@@ -30,6 +30,18 @@ def test_results_outlive_the_ledger(tmp_path):
   assert list(again.all(NAMES)) == NAMES
 
 
+def test_an_item_made_of_other_files_is_unfinished(tmp_path):
+  ledger = ledger_lib.Ledger(tmp_path, IDENTITY)
+  states = {"a": "old", "b": "old", "c": ""}
+  assert ledger.mine(states) == ["a", "b", "c"]
+  for item, state in states.items():
+    ledger.put(item, {"value": 1}, state)
+  assert ledger.mine(states) == []
+  assert ledger.mine({**states, "b": "new"}) == ["b"]
+  assert ledger.mine({**states, "b": ""}) == ["b"]
+  assert ledger.all(["a", "b"]) == {"a": {"value": 1}, "b": {"value": 1}}
+
+
 def test_other_results_are_refused_unless_told(tmp_path):
   ledger_lib.Ledger(tmp_path, IDENTITY).put("a", {"value": 1})
   other = IDENTITY | {"parameters": "4567"}

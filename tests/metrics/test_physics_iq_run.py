@@ -125,9 +125,15 @@ def test_videos_of_somebody_else_and_shipped_masks(data, tmp_path):
   assert one.model == "others" and one.score.score == 100 and one.shipped == 0
   two = physics_iq.measure(None, tmp_path / "two", dataclasses.replace(options, workers=2))
   assert two.rows == one.rows
+  shown = tmp_path / "one" / "shown" / "0001_anything_prediction.mp4"
+  pictures, own_video = shown.read_bytes(), (folder / "0001_anything.mp4").read_bytes()
   shutil.copyfile(folder / "0004_anything.mp4", folder / "0001_anything.mp4")
   again = physics_iq.measure(None, tmp_path / "one", options)  # the same folder, another video
   assert again.rows["trimmed-scene-0"]["left"] != one.rows["trimmed-scene-0"]["left"]
+  assert shown.read_bytes() != pictures
+  (folder / "0001_anything.mp4").write_bytes(own_video)
+  assert physics_iq.measure(None, tmp_path / "one", options).rows == one.rows
+  assert shown.read_bytes() == pictures
   mask = own / "video-masks/real/8FPS/0002_video-masks_8FPS_perspective-center_take-1_"
   mask = pathlib.Path(f"{mask}trimmed-scene-0.mp4")
   mask.parent.mkdir(parents=True)

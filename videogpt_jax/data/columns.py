@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
+from videogpt_jax import errors
 from videogpt_jax.errors import InputError
 
 SCHEMA = pa.schema([
@@ -40,7 +41,7 @@ def lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
   try:
     data = path.read_bytes()
   except OSError as error:
-    raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    raise errors.refused(f"cannot read {path}: {error.strerror or error}", error) from error
   try:
     text = data.decode("utf-8-sig")
   except UnicodeDecodeError as error:

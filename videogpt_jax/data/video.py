@@ -20,6 +20,7 @@ from PIL import ImageDraw
 from PIL import ImageFont
 from PIL import ImageOps
 
+from videogpt_jax import errors
 from videogpt_jax import files
 from videogpt_jax.errors import InputError
 
@@ -327,7 +328,8 @@ class Mp4Writer:
     try:
       yield
     except OSError as error:
-      raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
+      raise errors.refused(f"cannot write {self._path}: {error.strerror or error}",
+                           error) from error
 
 
 def write_mp4(path: str | os.PathLike[str], frames: UInt8[np.ndarray, "T H W 3"], fps: float,

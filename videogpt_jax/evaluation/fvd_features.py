@@ -1,6 +1,6 @@
 """Features of sets of videos for FVD, made batch after batch, each safe on disk when it is done."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import hashlib
 import itertools
 import os
@@ -70,7 +70,7 @@ class Features:
     (self._out / "statistics" / name).mkdir(parents=True, exist_ok=True)
     batches = _batches(name, len(videos.items), self._batch_size)
     states = {batch: _state(videos, rows) for batch, rows in batches.items()}
-    unfinished = self._mine(states)
+    unfinished = self._ledger.mine(states)
     if not unfinished:
       return
     progress = progress_lib.Progress(f"{name} videos", sum(len(batches[x]) for x in unfinished))
@@ -113,14 +113,7 @@ class Features:
       statistics = statistics.add(self._extractor(frames))
     statistics.save(self._file(batch))
     self._ledger.put(batch, {"videos": statistics.count, "rejected": rejected,
-                             "size": self._size, "files": state, "compared": compared})
-
-  def _mine(self, states: Mapping[str, str]) -> list[str]:
-    """This process's share of the batches that are not finished, or were of other files."""
-    unfinished = [batch for batch, state in states.items()
-                  if (self._ledger.get(batch) or {}).get("files") != state]
-    self._ledger.wait()  # all see the same unfinished ones before any finishes more
-    return unfinished[jax.process_index()::jax.process_count()]
+                             "size": self._size, "compared": compared}, state)
 
   def merged(self, name: str, videos: fvd_videos.Videos
              ) -> tuple[frechet.Statistics, list[tuple[str, str]]]:

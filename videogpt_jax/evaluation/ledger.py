@@ -22,12 +22,14 @@ import numpy as np
 
 import videogpt_jax
 from videogpt_jax import distributed
+from videogpt_jax import errors
 from videogpt_jax import files
 from videogpt_jax.errors import InputError
 
 IDENTITY = "evaluation.json"
 _ITEMS = "items"
 _OUTPUTS = "outputs"  # in the file `IDENTITY`: no part of the identity
+_STATE = "state"  # in an item's file: of what it was made of
 _LONGEST = 200  # characters of a file's name, which may have 255
 
 
@@ -68,21 +70,32 @@ class Ledger:
     except ValueError:  # the machine went down before the disk had it
       return None
 
-  def put(self, item: str, values: Mapping[str, Any]) -> None:
+  def put(self, item: str, values: Mapping[str, Any], state: str = "") -> None:
     """Keeps the result of a finished item: JSON-able values, numpy's among them.
+
+    Args:
+      item: its name.
+      values: the result.
+      state: of the files it was made of; see `mine`.
 
     Raises:
       InputError: it cannot be written; the ones before are safe.
     """
-    files.write_json(self._path(item), plain(values))
+    files.write_json(self._path(item), plain({**values, **({_STATE: state} if state else {})}))
 
-  def mine(self, items: Sequence[str]) -> list[str]:
+  def mine(self, items: Iterable[str] | Mapping[str, str]) -> list[str]:
     """The items that this process has to do: its share of those that are not finished.
 
     Every process has to ask before any of them puts another result: they share what all of
     them see unfinished.
+
+    Args:
+      items: their names; or by name the states of the files that they are made of, and those of
+        another state count as unfinished.
     """
-    unfinished = [item for item in items if self.get(item) is None]
+    states = items if isinstance(items, Mapping) else dict.fromkeys(items, "")
+    unfinished = [item for item, state in states.items()
+                  if (found := self.get(item)) is None or found.get(_STATE, "") != state]
     self.wait()
     return unfinished[jax.process_index()::jax.process_count()]
 
@@ -98,7 +111,8 @@ class Ledger:
     if missing:
       raise InputError(f"{self._items} lacks {len(missing)} of {len(items)} results, such as "
                        f"{missing[0]}; --out must be a folder that all processes share")
-    return {item: values for item, values in found.items() if values is not None}
+    return {item: {name: value for name, value in values.items() if name != _STATE}
+            for item, values in found.items() if values is not None}
 
   def wait(self) -> None:
     """Until all processes have come here."""
@@ -124,7 +138,8 @@ class Ledger:
       made |= set(outputs) - set(others)  # what is not there yet can only come from this one
       self._items.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise InputError(f"cannot write to {self._folder}: {error.strerror or error}") from error
+      raise errors.refused(f"cannot write to {self._folder}: {error.strerror or error}",
+                           error) from error
     files.write_json(path, {**identity, _OUTPUTS: sorted(made)})
 
   def _found(self, path: pathlib.Path, restart: bool) -> dict[str, Any] | None:

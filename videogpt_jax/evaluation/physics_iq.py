@@ -334,14 +334,13 @@ def _score(dataset: files.Dataset, videos: dict[Case, pathlib.Path], shown: path
   files_lib.make_folder(shown)
   workers = options.workers or machine.usable_cores()
   views = {case: _view(dataset, case, videos[case], shown, options) for case in dataset.cases}
-  digests = work.digests(list(views.values()))
-  # What a view's files hold is part of the item's name: of other files it finds no values.
-  items = {f"{case.generated} {digest}": case for case, digest in zip(views, digests, strict=True)}
-  mine = ledger.mine(list(items))
+  items = {case.generated: case for case in views}
+  states = dict(zip(items, work.digests(list(views.values())), strict=True))
+  mine = ledger.mine(states)
   progress = progress_lib.Progress("views scored", len(mine))
   values = work.over(work.score, [views[items[item]] for item in mine], workers)
   for item, value in zip(mine, values, strict=True):
-    ledger.put(item, value)
+    ledger.put(item, value, states[item])
     progress.add()
   rows: dict[str, dict[str, Any]] = {}
   for item, value in ledger.all(list(items)).items():

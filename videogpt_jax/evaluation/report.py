@@ -17,7 +17,6 @@ import re
 from typing import Any
 
 from videogpt_jax import files
-from videogpt_jax.errors import InputError
 from videogpt_jax.evaluation import ledger
 
 Cell = str | float | None
@@ -149,10 +148,7 @@ def write(report: Report, out: pathlib.Path) -> list[pathlib.Path]:
   from videogpt_jax.evaluation import page
 
   plots = {plot.title: out / PLOTS / f"{slug(plot.title)}.png" for plot in report.plots}
-  try:
-    (out / PLOTS).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"cannot write to {out}: {error.strerror or error}") from error
+  files.make_folder(out / PLOTS)
   for plot in report.plots:
     curves.write_png(plot, plots[plot.title])
   files.write_json(out / RESULTS, _strict(ledger.plain(_as_dict(report, out, plots))))

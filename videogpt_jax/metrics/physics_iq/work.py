@@ -19,6 +19,7 @@ import cv2
 from jaxtyping import UInt8
 import numpy as np
 
+from videogpt_jax import errors
 from videogpt_jax.data import worker
 from videogpt_jax.errors import InputError
 from videogpt_jax.metrics.physics_iq import comparison
@@ -82,7 +83,7 @@ def file_digest(path: pathlib.Path) -> str:
       while block := file.read(_BLOCK):
         total.update(block)
   except OSError as error:
-    raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    raise errors.refused(f"cannot read {path}: {error.strerror or error}", error) from error
   return total.hexdigest()
 
 
