@@ -1,6 +1,7 @@
 """Speed and memory of the train step: `python -m videogpt_jax.benchmarks.train_step`.
 
     python -m videogpt_jax.benchmarks.train_step --case=laptop
+    python -m videogpt_jax.benchmarks.train_step --case=laptop --peer    # beside PyTorch
     python -m videogpt_jax.benchmarks.train_step --case=full_stage4      # one H200
     python -m videogpt_jax.benchmarks.train_step --config=configs/world.py
     python -m videogpt_jax.benchmarks.train_step --growth
@@ -11,6 +12,7 @@ as it was measured for the published implementation. `--growth` measures the lap
 it is written into benchmarks/results, too (`--out=-`: not).
 """
 
+import contextlib
 import functools
 import pathlib
 import time
@@ -31,8 +33,12 @@ from videogpt_jax import sharding
 from videogpt_jax import step as step_lib
 from videogpt_jax.benchmarks import growth
 from videogpt_jax.benchmarks import report
+from videogpt_jax.benchmarks import step_peer
 from videogpt_jax.benchmarks import train_step_cases
 from videogpt_jax.benchmarks.train_step_cases import Case
+from videogpt_jax.errors import InputError
+
+_SPREAD = 0.02  # of parameters around their initial values
 
 
 def from_config(config: Any) -> Case:
@@ -48,24 +54,45 @@ def from_config(config: Any) -> Case:
               cpu_devices=config.cpu_devices)
 
 
-def measure(case: Case, steps: int) -> dict[str, Any]:
-  """Runs `steps` timed steps after one that compiles; the median step counts."""
+def measure(case: Case, steps: int, beside_torch: bool = False) -> dict[str, Any]:
+  """Runs `steps` timed steps after one that compiles; the median step counts.
+
+  Args:
+    case: what is measured.
+    steps: how many.
+    beside_torch: let a step of PyTorch follow on each of ours, see `step_peer`.
+
+  Raises:
+    InputError: see `step_peer.Peer`.
+  """
   mesh = sharding.make_mesh(case.mesh)
   stored = jax.device_put(_latents(case), sharding.rows(mesh))
-  with sharding.use(mesh):
-    run, carry = _update(case, mesh) if case.update else _gradients(case, mesh)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(sharding.use(mesh))
+    run, carry = _update(case, mesh) if case.update else (_Gradients(case, mesh), None)
     began = time.perf_counter()
     carry = jax.block_until_ready(run(carry, stored))
     first = time.perf_counter() - began
-    seconds = []
+    seconds, theirs, peer = [], [], None
+    if beside_torch:
+      if not isinstance(run, _Gradients):
+        raise InputError("the peer in PyTorch makes forward and backward alone, as the laptop's "
+                         "cases do; this one has a whole train step")
+      ours = machine.peak_rss_mib()  # before the peer's problem is put together here
+      peer = stack.enter_context(run.beside_torch(stored))
     for _ in range(steps):
       began = time.perf_counter()
       carry = jax.block_until_ready(run(carry, stored))
       seconds.append(time.perf_counter() - began)
-  median = sorted(seconds)[len(seconds) // 2]
+      if peer is not None:
+        theirs.append(peer.step())
+    beside = {} if peer is None else {"torch": {
+      "seconds_per_step": _median(theirs), "fastest_step_s": min(theirs),
+      "peak_rss_mib": peer.end(), "largest_gradient_difference": peer.largest_difference}}
+  median = _median(seconds)
   cost = flops.training(case.recipe.model, case.recipe.objective, case.latents[0],
                         (*case.latents[1:-1], case.recipe.codec.channels))
-  peaks = machine.peak_rss_mib(), _peak_device_mib(mesh)
+  peaks = ours if beside_torch else machine.peak_rss_mib(), _peak_device_mib(mesh)
   return {
     "device": jax.devices()[0].device_kind,
     "devices": mesh.size,
@@ -88,7 +115,12 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     **_rates(cost.total / median / mesh.size),
     "peak_rss_mib": peaks[0],
     **({"peak_device_mib": peaks[1]} if peaks[1] else {}),
+    **beside,
   }
+
+
+def _median(seconds: list[float]) -> float:
+  return sorted(seconds)[len(seconds) // 2]
 
 
 def _latents(case: Case) -> jax.Array:
@@ -125,17 +157,36 @@ def _update(case: Case, mesh: jax.sharding.Mesh):
   return lambda state, stored: step(state, stored)[0], step_lib.create_state(case.recipe, mesh)
 
 
-def _gradients(case: Case, mesh: jax.sharding.Mesh):
-  shardings = nn.meta.unbox(step_lib.state_shardings(case.recipe, mesh).params)
-  init = lambda: nn.meta.unbox(model.init_params(case.recipe.model, 0))
-  params = jax.jit(init, out_shardings=shardings)()
-  keys = objective.row_keys(0, jnp.int32(0), case.latents[0])
-  grad = jax.jit(functools.partial(step_lib.gradients, case.recipe))
+class _Gradients:
+  """Forward and backward alone, as a step that carries nothing.
 
-  def run(_: None, stored: jax.Array) -> None:
-    jax.block_until_ready(grad(params, keys, stored))  # and dropped, before the next ones come
+  Parameters are drawn anew around their initial values: zeros would hide errors of a peer.
+  """
 
-  return run, None
+  def __init__(self, case: Case, mesh: jax.sharding.Mesh) -> None:
+    recipe = case.recipe
+    shardings = nn.meta.unbox(step_lib.state_shardings(recipe, mesh).params)
+
+    def init() -> Any:
+      params = nn.meta.unbox(model.init_params(recipe.model, 0))
+      leaves, tree = jax.tree.flatten(params)
+      keys = jax.random.split(jax.random.key(1), len(leaves))
+      return jax.tree.unflatten(tree, [x + _SPREAD * jax.random.normal(key, x.shape)
+                                       for key, x in zip(keys, leaves, strict=True)])
+
+    self._recipe = recipe
+    self._params = jax.jit(init, out_shardings=shardings)()
+    self._keys = objective.row_keys(0, jnp.int32(0), case.latents[0])
+    self._grad = jax.jit(functools.partial(step_lib.gradients, recipe))
+
+  def __call__(self, _: None, stored: jax.Array) -> None:
+    # Dropped before the next ones come.
+    jax.block_until_ready(self._grad(self._params, self._keys, stored))
+
+  def beside_torch(self, stored: jax.Array) -> step_peer.Peer:
+    """PyTorch with the same numbers, see `step_peer`."""
+    return step_peer.Peer(self._recipe, self._params, self._keys, stored,
+                          self._grad(self._params, self._keys, stored)[0])
 
 
 def main() -> None:
@@ -152,10 +203,15 @@ def main() -> None:
   if devices:
     machine.split_cpu(devices)
   machine.free_after_compiling()
-  result = measure(case, f.steps)
+  result = measure(case, f.steps, f.peer)
   name = f.config.name if f.config is not None else f.case
   for key, value in result.items():
     print(f"  {key:<22}{value:.4g}" if isinstance(value, float) else f"  {key:<22}{value}")
+  if torch := result.get("torch"):
+    result |= {"speedup_vs_torch": torch["seconds_per_step"] / result["seconds_per_step"],
+               "memory_vs_torch": result["peak_rss_mib"] / torch["peak_rss_mib"]}
+    print(f"  {result['speedup_vs_torch']:.2f} times the speed of PyTorch in this run, with "
+          f"{result['memory_vs_torch']:.2f} of its memory")
   published = train_step_cases.PUBLISHED.get(name) if f.config is None else None
   if published:
     ratio = published["seconds_per_step"] / result["seconds_per_step"]
@@ -166,7 +222,7 @@ def main() -> None:
           f"{train_step_cases.PUBLISHED_PRODUCT_GFLOPS:.0f} GFLOP/s; {ratio * machines:.2f} times "
           "at the product rate of this one")
   report.finish({"benchmark": "train_step", "case": name, **result}, f.out,
-                f"train_step_{name}.json")
+                f"train_step_{name}{'_torch' if f.peer else ''}.json")
 
 
 if __name__ == "__main__":
@@ -174,6 +230,8 @@ if __name__ == "__main__":
   flags.DEFINE_bool("growth", False, "Measure the laptop's model by the number of frames.")
   flags.DEFINE_string("plot", "docs/growth.png", "Where --growth draws.")
   flags.DEFINE_string("out", "", "JSON file; default: by case, in benchmarks/results; -: none.")
+  flags.DEFINE_bool("peer", False, "Also measure the same in PyTorch, turn by turn; needs "
+                    "pip install -e '.[bench]'.")
   flags.DEFINE_integer("steps", 5, "Timed steps.", lower_bound=1)
   flags.DEFINE_integer("cpu_devices", None, "On CPU: devices that the cores are shared among; "
                        "default: as the case or the configuration says.", lower_bound=1)
