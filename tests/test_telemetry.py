@@ -420,7 +420,7 @@ def test_peak_flops_of_known_and_unknown_devices(monkeypatch, kind, rate):
 
 def test_a_cpu_split_into_devices_is_no_faster(monkeypatch):
   """A share of the MFU would be lost for every device."""
-  monkeypatch.setattr(machine, "product_rate", lambda: 1e11)
+  monkeypatch.setattr(machine, "product_rate", lambda size, repeats: 1e11)
   monkeypatch.setattr(jax, "device_count", lambda: 8)
   assert machine.peak_flops() == 1e11
 

@@ -50,9 +50,18 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
   replace(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def make_folder(path: str | os.PathLike[str]) -> None:
-  """Makes a folder, and those above it, where missing. Raises `InputError` if it cannot."""
+def make_folder(path: str | os.PathLike[str], name: str = "") -> None:
+  """Makes a folder, and those above it, where missing.
+
+  Args:
+    path: of the folder.
+    name: of the flag that gives it, if one does.
+
+  Raises:
+    InputError: it cannot be made (`StorageError`: for now).
+  """
   try:
     os.makedirs(path, exist_ok=True)
   except OSError as error:
-    raise errors.refused(f"cannot write to {path}: {error.strerror or error}", error) from error
+    said = f"{name}={path}" if name else path
+    raise errors.refused(f"cannot write to {said}: {error.strerror or error}", error) from error

@@ -130,7 +130,7 @@ def _out(data: epath.Path, out: str | os.PathLike[str]) -> pathlib.Path:
   if folder.resolve().is_relative_to(here):
     raise InputError(f"--out={folder} lies in the data set, which is left as it is; choose "
                      "another folder")
-  files.make_folder(folder)
+  files.make_folder(folder, "--out")
   return folder
 
 

@@ -176,7 +176,7 @@ def main() -> None:
       raise InputError(f"--{name} must be positive, got {value}")
   found = given_lib.find(f.video) if f.video else [pathlib.Path()]
   outs = given_lib.folders(f.out, found)
-  files.make_folder(f.out)
+  files.make_folder(f.out, "--out")
   default_history = source.config["sample"]["history"]
 
   def read(path: pathlib.Path) -> given_lib.Given:

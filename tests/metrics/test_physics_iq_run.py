@@ -143,7 +143,7 @@ def test_videos_of_somebody_else_and_shipped_masks(data, tmp_path):
   assert shipped.rows["trimmed-scene-0"]["center"]["spatial_iou_v1"] == 0
   made = physics_iq.measure(None, tmp_path / "one", dataclasses.replace(
     options, masks=physics_iq.LOSSLESS))
-  assert made.rows == again.rows
+  assert made.rows == one.rows
 
 
 def _contents(folder):
