@@ -67,7 +67,7 @@ class Features:
       InputError: mixed resolutions, or a video that has to be usable and is not.
       DivergedError: the model predicts no numbers.
     """
-    (self._out / "statistics" / name).mkdir(parents=True, exist_ok=True)
+    files.make_folder(self._out / "statistics" / name)
     batches = _batches(name, len(videos.items), self._batch_size)
     states = {batch: _state(videos, rows) for batch, rows in batches.items()}
     unfinished = self._ledger.mine(states)
