@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -16,9 +17,10 @@ def free_port():
 
 
 def environment(devices):
-  """Of a process with so many simulated devices."""
+  """Of a process with so many simulated devices, which can import the tests' modules."""
   flags = os.environ.get("XLA_FLAGS", "")
-  return {**os.environ, "JAX_PLATFORMS": "cpu",
+  paths = [str(pathlib.Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths),
           "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
 
 

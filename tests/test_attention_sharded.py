@@ -137,7 +137,7 @@ def test_training_gradients_equal_one_device(sizes):
 
 
 @pytest.mark.parametrize(("sizes", "kv_heads", "mode"), [
-  ((1, 1, 4, 2), 8, "recompute"), ((2, 1, 2, 2), 2, "rolling")],
+  ((1, 1, 4, 2), 8, "recompute"), ((2, 1, 2, 2), 2, "rolling"), ((2, 2, 1, 2), 4, "rolling")],
   ids=str)
 def test_rollouts_equal_one_device(sizes, kv_heads, mode):
   """Samples, heads and tokens split, guided, over a window that moves; heads that do not split."""

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import UInt8
 import numpy as np
 
+from videogpt_jax import errors
 from videogpt_jax import files
 from videogpt_jax import telemetry
 from videogpt_jax.data import given as given_lib
@@ -43,7 +44,11 @@ class Results:
     """What a finished prediction left and this one may not replace, or not before its end."""
     for pattern in (_REPORT, "side_by_side.gif", "contact_sheet.png", "prediction_[0-9]*.mp4"):
       for path in self._out.glob(pattern):
-        path.unlink()
+        try:
+          path.unlink()
+        except OSError as error:
+          raise errors.refused(f"cannot remove {path}: {error.strerror or error}",
+                               error) from error
 
   def append(self, frames: UInt8[np.ndarray, "B n H W 3"]) -> None:
     """The next frames of every sample, all given or all predicted."""

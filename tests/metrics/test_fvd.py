@@ -1,7 +1,6 @@
 """FVD of videos: what the network sees, and whole evaluations with and without a model."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 import shutil
@@ -13,6 +12,7 @@ import pytest
 from scipy import ndimage
 
 import processes
+import stand_in_models
 import tiny_run
 from videogpt_jax import weights as weights_lib
 from videogpt_jax.data import load
@@ -108,14 +108,8 @@ def test_fvd_windows_are_drawn_by_name_and_cover_the_video(tmp_path):
 @pytest.fixture
 def cheap(monkeypatch):
   """In place of I3D: a projection of what it would see. The extractor that evaluations make."""
-
-  @functools.partial(jax.jit, static_argnums=(2, 3))
-  def features(params, videos, layer, resize):
-    x = fvd.preprocess(videos, resize)[:, :, ::16, ::16].reshape(len(videos), -1)
-    return x @ jax.random.normal(jax.random.key(0), (x.shape[1], i3d.FEATURES[layer]))
-
   monkeypatch.setattr(i3d, "load", lambda path, sha256: {})
-  monkeypatch.setattr(fvd, "_features", features)
+  monkeypatch.setattr(fvd, "_features", stand_in_models.features)
   return fvd.Extractor()
 
 
@@ -346,34 +340,20 @@ def test_fvd_sees_that_listed_videos_are_others_now(tmp_path, cheap):
 
 
 _WORKER = """
-import functools, json, pathlib, sys, types
+import json, pathlib, sys
 from absl import flags
 import jax
-import jax.numpy as jnp
-import numpy as np
-from videogpt_jax import codec, distributed, rollout, sharding, weights
+import stand_in_models
+from videogpt_jax import distributed
 from videogpt_jax.evaluation import fvd as evaluation
 from videogpt_jax.metrics import fvd, i3d
 distributed.define_flags()
 flags.FLAGS(["worker"] + sys.argv[3:])
 distributed.obey_flags()
-
-def clips(model, params, history, *, num_frames, rng, **rest):
-  drift = jnp.cumsum(jax.random.uniform(rng, (num_frames,)))[:, None, None, None] / num_frames
-  yield history[:, -1:] * (1 - drift) + history[:, :1] * drift
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def features(params, videos, layer, resize):
-  x = fvd.preprocess(videos, resize)[:, :, ::16, ::16].reshape(len(videos), -1)
-  return x @ jax.random.normal(jax.random.key(0), (x.shape[1], i3d.FEATURES[layer]))
-
-rollout.clips, fvd._features, i3d.load = clips, features, lambda path, sha256: {}
-blocks = codec.Pixels(4)
-model = types.SimpleNamespace(patch_size=1, backbone=types.SimpleNamespace(dtype=np.float32))
-config = {"sample": {"clip_frames": 5, "history": 4, "window": 0, "steps": 1}, "codec":
-          blocks.spec(), "data": {"source": "videos", "frames": 9, "height": 24, "width": 32}}
-own = weights.Weights(model, {"x": jnp.ones(2)}, blocks, config, "drift",
-                      sharding.prediction_mesh(2, 2, 2, jax.local_devices()))
+fvd._features, i3d.load = stand_in_models.features, lambda path, sha256: {}
+own = stand_in_models.drifting({
+  "sample": {"clip_frames": 5, "history": 4, "window": 0, "steps": 1},
+  "data": {"source": "videos", "frames": 9, "height": 24, "width": 32}})
 report = evaluation.run(own, pathlib.Path(sys.argv[2]), evaluation.Options(
   videos_dir=sys.argv[1], frames=9, batch_size=2, processes=1, seeds=(0, 1)))
 told = {"summary": report.summary, "tables": [table.rows for table in report.tables]}

@@ -171,30 +171,18 @@ def test_a_restart_with_fewer_scenarios(data, tmp_path):
 
 
 _WORKER = """
-import dataclasses, pathlib, sys, types
+import pathlib, sys
 from absl import flags
-import jax
-import jax.numpy as jnp
-import numpy as np
-from videogpt_jax import codec, distributed, rollout, sharding, weights
+import stand_in_models
+from videogpt_jax import distributed
 from videogpt_jax.evaluation import physics_iq
 from videogpt_jax.metrics.physics_iq.protocol import Protocol
 distributed.define_flags()
 flags.FLAGS(["worker"] + sys.argv[3:])
 distributed.obey_flags()
-
-def clips(model, params, history, *, num_frames, rng, **rest):
-  drift = jnp.cumsum(jax.random.uniform(rng, (num_frames,)))[:, None, None, None] / num_frames
-  yield history[:, -1:] * (1 - drift) + history[:, :1] * drift
-
-rollout.clips = clips
-mesh = sharding.prediction_mesh(2, 2, 2, jax.local_devices())
-assert mesh.size == 2
-blocks = codec.Pixels(4)
-model = types.SimpleNamespace(patch_size=1, backbone=types.SimpleNamespace(dtype=np.float32))
-config = {"sample": {"clip_frames": 8, "history": 4, "window": 0, "steps": 1}, "codec":
-          blocks.spec(), "data": {"source": "world", "frames": 12, "height": 32, "width": 32}}
-own = weights.Weights(model, {"x": jnp.ones(2)}, blocks, config, "drift", mesh)
+own = stand_in_models.drifting({
+  "sample": {"clip_frames": 8, "history": 4, "window": 0, "steps": 1},
+  "data": {"source": "world", "frames": 12, "height": 32, "width": 32}})
 physics_iq.run(own, pathlib.Path(sys.argv[2]), physics_iq.Options(
   data=sys.argv[1], protocol=Protocol(8, 0.5, 1.0, 2), batch_size=2, workers=1, clip_frames=8))
 """

@@ -5,6 +5,7 @@ machine does slows both. Before anything is timed its loss and gradients have to
 """
 
 import importlib.util
+import json
 import pathlib
 import subprocess
 import sys
@@ -25,6 +26,14 @@ from videogpt_jax.errors import InputError
 _TOLERANCE = 1e-4  # of gradients, by the largest of each tensor; float32
 
 
+def check() -> None:
+  """Raises `InputError` where no peer can run: without torch, or where we do not run on a CPU."""
+  if importlib.util.find_spec("torch") is None:
+    raise InputError("torch is not installed: pip install -e '.[bench]'")
+  if jax.default_backend() != "cpu":
+    raise InputError("the peer in PyTorch runs on the CPU; set JAX_PLATFORMS=cpu")
+
+
 class Peer:
   """A process of PyTorch that makes a step when it is told to; a context.
 
@@ -36,13 +45,11 @@ class Peer:
     gradients: what we find with these.
 
   Raises:
-    InputError: torch is not installed, or finds other gradients.
+    InputError: torch fails, or finds other gradients.
   """
 
   def __init__(self, recipe: step_lib.Recipe, params: Any, keys: PRNGKeyArray, stored: Array,
                gradients: Any) -> None:
-    if importlib.util.find_spec("torch") is None:
-      raise InputError("torch is not installed: pip install -e '.[bench]'")
     self._folder = tempfile.TemporaryDirectory(prefix="torch_step")
     folder = pathlib.Path(self._folder.name)
     loss, arrays = _problem(recipe, params, keys, stored)
@@ -52,8 +59,7 @@ class Peer:
       [sys.executable, "-m", torch_step.__name__, str(folder)], stdin=subprocess.PIPE,
       stdout=subprocess.PIPE, text=True)
     try:
-      if self._line() != "ready":
-        raise InputError("the peer in PyTorch failed, see above")
+      self._line()  # it is ready
       with np.load(folder / torch_step.GRADIENTS) as file:
         theirs = dict(file)
       self.largest_difference = difference(
@@ -74,17 +80,18 @@ class Peer:
     """Seconds of a step."""
     return float(self._line("step"))
 
-  def end(self) -> float:
-    """Ends the process; the most memory it has had, MiB."""
-    out, _ = self._process.communicate()
-    return float(out)
+  def end(self) -> dict[str, Any]:
+    """Ends the process; its version, the most memory it has had, MiB, and its product's rate."""
+    return json.loads(self._line("end"))
 
   def _line(self, told: str = "") -> str:
     process: Any = self._process
     if told:
       process.stdin.write(f"{told}\n")
       process.stdin.flush()
-    return process.stdout.readline().strip()
+    if not (line := process.stdout.readline().strip()):
+      raise InputError("the peer in PyTorch failed, see above")
+    return line
 
 
 def _problem(recipe: step_lib.Recipe, params: Any, keys: PRNGKeyArray, stored: Array

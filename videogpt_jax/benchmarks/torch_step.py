@@ -8,11 +8,13 @@ have the published names.
     python -m videogpt_jax.benchmarks.torch_step FOLDER    # as `train_step --peer` starts it
 
 The process reads FOLDER/problem.npz and writes FOLDER/gradients.npz, then makes a step for every
-line that it is given and prints its seconds; at the end it prints its peak memory. It imports
-no jax, so this is the memory of torch alone.
+line that it is given and prints its seconds; told "end" it prints what it is, its peak memory and
+the rate of a product. It imports no jax, so this is the memory of torch alone.
 """
 
 from collections.abc import Mapping, Sequence
+import importlib.metadata
+import json
 import pathlib
 import resource
 import sys
@@ -192,11 +194,29 @@ def main(folder: pathlib.Path) -> None:
   found: dict[str, Any] = {WEIGHT + name: x for name, x in step.gradients().items()}
   np.savez(folder / GRADIENTS, **found, **{LOSS: loss.numpy()})
   print("ready", flush=True)
-  for _ in sys.stdin:
+  for line in sys.stdin:
+    if line.strip() == "end":
+      break
     began = time.perf_counter()
     step()
     print(time.perf_counter() - began, flush=True)
-  print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # before the products
+  print(json.dumps({"version": importlib.metadata.version("torch"), "peak_rss_mib": peak,
+                    "product_gflops_per_s": product_rate() / 1e9}), flush=True)
+
+
+def product_rate(size: int = 2048, repeats: int = 3) -> float:
+  """FLOP/s of a float32 product of square matrices, measured as `machine.product_rate` does."""
+  import torch
+
+  a, b = torch.randn(2, size, size)
+  a @ b
+  seconds = []
+  for _ in range(repeats):
+    began = time.perf_counter()
+    a @ b
+    seconds.append(time.perf_counter() - began)
+  return 2 * size**3 / min(seconds)
 
 
 if __name__ == "__main__":

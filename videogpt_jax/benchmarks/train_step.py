@@ -63,23 +63,27 @@ def measure(case: Case, steps: int, beside_torch: bool = False) -> dict[str, Any
     beside_torch: let a step of PyTorch follow on each of ours, see `step_peer`.
 
   Raises:
-    InputError: see `step_peer.Peer`.
+    InputError: see `step_peer`; or the case has a whole train step, which the peer has not.
   """
+  if beside_torch:
+    step_peer.check()
+    if case.update:
+      raise InputError("--peer: PyTorch makes forward and backward alone, as the laptop's cases "
+                       "do; this one has a whole train step")
   mesh = sharding.make_mesh(case.mesh)
   stored = jax.device_put(_latents(case), sharding.rows(mesh))
   with contextlib.ExitStack() as stack:
     stack.enter_context(sharding.use(mesh))
-    run, carry = _update(case, mesh) if case.update else (_Gradients(case, mesh), None)
+    gradients = None if case.update else _Gradients(case, mesh)
+    run, carry = _update(case, mesh) if gradients is None else (gradients, None)
     began = time.perf_counter()
     carry = jax.block_until_ready(run(carry, stored))
     first = time.perf_counter() - began
-    seconds, theirs, peer = [], [], None
-    if beside_torch:
-      if not isinstance(run, _Gradients):
-        raise InputError("the peer in PyTorch makes forward and backward alone, as the laptop's "
-                         "cases do; this one has a whole train step")
-      ours = machine.peak_rss_mib()  # before the peer's problem is put together here
-      peer = stack.enter_context(run.beside_torch(stored))
+    seconds, theirs = [], []
+    peer, peak = None, None
+    if beside_torch and gradients is not None:
+      peak = machine.peak_rss_mib()  # before the peer's problem is put together here
+      peer = stack.enter_context(gradients.beside_torch(stored))
     for _ in range(steps):
       began = time.perf_counter()
       carry = jax.block_until_ready(run(carry, stored))
@@ -87,12 +91,12 @@ def measure(case: Case, steps: int, beside_torch: bool = False) -> dict[str, Any
       if peer is not None:
         theirs.append(peer.step())
     beside = {} if peer is None else {"torch": {
-      "seconds_per_step": _median(theirs), "fastest_step_s": min(theirs),
-      "peak_rss_mib": peer.end(), "largest_gradient_difference": peer.largest_difference}}
+      "seconds_per_step": _median(theirs), "fastest_step_s": min(theirs), **peer.end(),
+      "largest_gradient_difference": peer.largest_difference}}
   median = _median(seconds)
   cost = flops.training(case.recipe.model, case.recipe.objective, case.latents[0],
                         (*case.latents[1:-1], case.recipe.codec.channels))
-  peaks = ours if beside_torch else machine.peak_rss_mib(), _peak_device_mib(mesh)
+  peaks = peak or machine.peak_rss_mib(), _peak_device_mib(mesh)
   return {
     "device": jax.devices()[0].device_kind,
     "devices": mesh.size,
@@ -192,6 +196,8 @@ class _Gradients:
 def main() -> None:
   """Reads the flags and measures."""
   f = flags.FLAGS
+  if f.growth and f.peer:
+    raise InputError("--peer goes with a case, not with --growth")
   if f.growth:
     result = {"benchmark": "train_step_growth", **growth.measure(f.steps)}
     growth.plot(result["lengths"], pathlib.Path(f.plot))
